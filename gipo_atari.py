@@ -1,4 +1,18 @@
-"""x."""
+"""GIPO on Atari: PPO whose hard clip is replaced by a Gaussian weight, so that stale data still teaches.
+
+    loss = -mean(w * r * A),  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2)) without gradient
+
+mu is the policy that collected the sample. Close to it GIPO is importance sampling; far from it the weight fades
+instead of cutting off, and w * r never exceeds exp(sigma^2 / 2). (Lu et al. 2026, https://arxiv.org/abs/2603.03955)
+
+    python gipo_atari.py                                          # Breakout, on-policy
+    python gipo_atari.py --buffer-epochs 8                        # learn from the last 8 rollouts
+    python gipo_atari.py --env-id ALE/Pong-v5 --sticky-actions 0
+    tensorboard --logdir runs
+
+`diff ppo_baseline.py gipo_atari.py` shows the loss, and the two domains that the baseline serves besides. From
+`if __name__ == "__main__":` to the end all four scripts are identical.
+"""
 
 # /// script
 # requires-python = ">=3.11"
@@ -37,9 +51,8 @@ from torch.distributions.categorical import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-gym.register_envs(ale_py)
 
-
+# ------------------------------------------------------- Flags --------------------------------------------------------
 class BadInput(ValueError):
     """A mistake in the command line: one sentence that names the flag and the fix, shown without a traceback."""
 
@@ -171,7 +184,10 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2), bias_const: float = 
     return layer
 
 
-# ------------------------------------------------------- Atari -------------------------------------------------------
+# ------------------------------------------------------- Atari --------------------------------------------------------
+gym.register_envs(ale_py)
+
+
 @dataclass(kw_only=True)
 class AtariArgs(Args):
     """Arcade Learning Environment: 84 x 84 grey pixels, full games, discrete actions."""
@@ -286,7 +302,7 @@ class AtariAgent(nn.Module):
         return rewards.clamp(-1, 1)
 
 
-# ---------------------------------------------- Replay buffer and losses ---------------------------------------------
+# ----------------------------------------------------- Algorithm ------------------------------------------------------
 class ReplayBuffer:
     """The last K rollouts of T x N transitions, oldest overwritten first; K = 1 is PPO's storage exactly.
 
@@ -374,6 +390,7 @@ def diagnostics(logratio, coef) -> dict[str, torch.Tensor]:
     }
 
 
+# ---------------------------------------------------- Command line ----------------------------------------------------
 DOMAINS = {AtariArgs: (make_atari_envs, AtariAgent)}
 
 

@@ -1,4 +1,19 @@
-"""x."""
+"""GIPO for continuous control: PPO whose hard clip is replaced by a Gaussian weight, so that stale data still teaches.
+
+    loss = -mean(w * r * A),  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2)) without gradient
+
+mu is the policy that collected the sample. Close to it GIPO is importance sampling; far from it the weight fades
+instead of cutting off, and w * r never exceeds exp(sigma^2 / 2). (Lu et al. 2026, https://arxiv.org/abs/2603.03955)
+r is the joint ratio of all action dimensions, so sigma is in units of the joint log-ratio.
+
+    python gipo_continuous.py                                     # HalfCheetah, on-policy
+    python gipo_continuous.py --buffer-epochs 8                   # learn from the last 8 rollouts
+    python gipo_continuous.py --env-id Meta-World/reach-v3
+    tensorboard --logdir runs
+
+`diff ppo_baseline.py gipo_continuous.py` shows the loss, and the two domains that the baseline serves besides. From
+`if __name__ == "__main__":` to the end all four scripts are identical.
+"""
 
 # /// script
 # requires-python = ">=3.11"
@@ -40,6 +55,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
+# ------------------------------------------------------- Flags --------------------------------------------------------
 class BadInput(ValueError):
     """A mistake in the command line: one sentence that names the flag and the fix, shown without a traceback."""
 
@@ -171,7 +187,7 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2), bias_const: float = 
     return layer
 
 
-# ------------------------------------------------ Continuous control -------------------------------------------------
+# ------------------------------------------------- Continuous control -------------------------------------------------
 @dataclass(kw_only=True)
 class ContinuousArgs(Args):
     """Continuous control: MuJoCo v5 ids, and Meta-World's tasks as Meta-World/reach-v3."""
@@ -288,7 +304,7 @@ class ContinuousAgent(nn.Module):
         return (rewards / torch.sqrt(self.return_stats.var + 1e-8)).clamp(-10, 10)
 
 
-# ---------------------------------------------- Replay buffer and losses ---------------------------------------------
+# ----------------------------------------------------- Algorithm ------------------------------------------------------
 class ReplayBuffer:
     """The last K rollouts of T x N transitions, oldest overwritten first; K = 1 is PPO's storage exactly.
 
@@ -376,6 +392,7 @@ def diagnostics(logratio, coef) -> dict[str, torch.Tensor]:
     }
 
 
+# ---------------------------------------------------- Command line ----------------------------------------------------
 DOMAINS = {ContinuousArgs: (make_continuous_envs, ContinuousAgent)}
 
 

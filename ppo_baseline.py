@@ -1,4 +1,17 @@
-"""x."""
+"""PPO and its relatives on Atari, continuous control and MiniGrid vision: what GIPO is compared with.
+
+    loss = -mean(min(r * A, clip(r, 1 - eps, 1 + eps) * A)),  r = pi(a|s) / mu(a|s)
+
+mu is the policy that collected the sample; --surrogate picks another loss in the place of the clip.
+
+    python ppo_baseline.py atari
+    python ppo_baseline.py continuous --buffer-epochs 8           # learn from the last 8 rollouts
+    python ppo_baseline.py minigrid --surrogate tis
+    tensorboard --logdir runs
+
+`diff ppo_baseline.py gipo_atari.py` shows the loss, and the two domains that this baseline serves besides. From
+`if __name__ == "__main__":` to the end all four scripts are identical.
+"""
 
 # /// script
 # requires-python = ">=3.11"
@@ -49,9 +62,8 @@ from torch.distributions.normal import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-gym.register_envs(ale_py)
 
-
+# ------------------------------------------------------- Flags --------------------------------------------------------
 class BadInput(ValueError):
     """A mistake in the command line: one sentence that names the flag and the fix, shown without a traceback."""
 
@@ -196,7 +208,10 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2), bias_const: float = 
     return layer
 
 
-# ------------------------------------------------------- Atari -------------------------------------------------------
+# ------------------------------------------------------- Atari --------------------------------------------------------
+gym.register_envs(ale_py)
+
+
 @dataclass(kw_only=True)
 class AtariArgs(Args):
     """Arcade Learning Environment: 84 x 84 grey pixels, full games, discrete actions."""
@@ -311,7 +326,7 @@ class AtariAgent(nn.Module):
         return rewards.clamp(-1, 1)
 
 
-# ------------------------------------------------ Continuous control -------------------------------------------------
+# ------------------------------------------------- Continuous control -------------------------------------------------
 @dataclass(kw_only=True)
 class ContinuousArgs(Args):
     """Continuous control: MuJoCo v5 ids, and Meta-World's tasks as Meta-World/reach-v3."""
@@ -428,7 +443,7 @@ class ContinuousAgent(nn.Module):
         return (rewards / torch.sqrt(self.return_stats.var + 1e-8)).clamp(-10, 10)
 
 
-# -------------------------------------------------- MiniGrid vision --------------------------------------------------
+# -------------------------------------------------- MiniGrid vision ---------------------------------------------------
 # every word that a mission of minigrid 3.2 or its BabyAI levels can have; 0 is padding
 VOCABULARY = """
     a after and at avoid ball behind blue box door end fetch find from front get go goal green grey hallway in
@@ -524,24 +539,23 @@ def make_minigrid_envs(args: MinigridArgs) -> gym.vector.VectorEnv:
 
 
 class MinigridAgent(nn.Module):
-    """Embeds each 8 x 8 patch, lets the mission scale and shift the embedding (FiLM, Perez et al. 2018), then acts."""
+    """Embeds each 8 x 8 patch, scales it by the mission's words (FiLM, Perez et al. 2018, without its shift), acts."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: MinigridArgs):
         super().__init__()
-        self.patches = nn.Conv2d(3, 64, TILE, stride=TILE)
-        self.norm = nn.LayerNorm(64)
-        self.words = nn.Sequential(
-            nn.Embedding(len(VOCABULARY) + 1, 16, padding_idx=0), nn.Flatten(), nn.Linear(MAX_WORDS * 16, 2 * 64)
-        )
-        self.network = nn.Sequential(nn.ReLU(), nn.Flatten(), layer_init(nn.Linear(49 * 64, 256)), nn.ReLU())
-        self.actor = layer_init(nn.Linear(256, int(envs.single_action_space.n)), std=0.01)
-        self.critic = layer_init(nn.Linear(256, 1), std=1.0)
+        self.patches = layer_init(nn.Conv2d(3, 128, TILE, stride=TILE))
+        self.norm = nn.LayerNorm(128)
+        self.words = nn.EmbeddingBag(len(VOCABULARY) + 1, 128, mode="sum", padding_idx=0)
+        self.project = nn.Linear(128, 32)
+        self.network = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(49 * 32, 128), nn.ReLU())
+        self.actor = layer_init(nn.Linear(128, int(envs.single_action_space.n)), std=0.01)
+        self.critic = layer_init(nn.Linear(128, 1), std=1.0)
 
     def features(self, obs):
-        pixels = obs[:, :PIXELS].view(-1, VIEW, VIEW, 3).permute(0, 3, 1, 2) / 255.0
-        patches = self.norm(self.patches(pixels).flatten(2).mT)  # (B, 49, 64)
-        scale, shift = self.words(obs[:, PIXELS:].int()).unsqueeze(1).chunk(2, dim=-1)
-        return self.network((1 + scale) * patches + shift)
+        pixels = obs[:, :PIXELS].view(-1, VIEW, VIEW, 3).permute(0, 3, 1, 2) / 127.5 - 1
+        patches = self.norm(self.patches(pixels).flatten(2).mT)  # (B, 49, 128)
+        scale = 1 + self.words(obs[:, PIXELS:].int()).unsqueeze(1)
+        return self.network(self.project(scale * patches))
 
     def get_value(self, obs):
         return self.critic(self.features(obs)).squeeze(-1)
@@ -560,7 +574,7 @@ class MinigridAgent(nn.Module):
         return rewards
 
 
-# ---------------------------------------------- Replay buffer and losses ---------------------------------------------
+# ----------------------------------------------------- Algorithm ------------------------------------------------------
 class ReplayBuffer:
     """The last K rollouts of T x N transitions, oldest overwritten first; K = 1 is PPO's storage exactly.
 
@@ -669,6 +683,7 @@ def diagnostics(logratio, coef) -> dict[str, torch.Tensor]:
     }
 
 
+# ---------------------------------------------------- Command line ----------------------------------------------------
 DOMAINS = {
     AtariArgs: (make_atari_envs, AtariAgent),
     ContinuousArgs: (make_continuous_envs, ContinuousAgent),

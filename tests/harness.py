@@ -1,0 +1,56 @@
+"""Loads the scripts for the tests: their definitions as a module, their body run in it, their logs read back."""
+
+import ast
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+MAIN = 'if __name__ == "__main__":\n'
+DOMAIN_OF = {"gipo_atari": "atari", "gipo_continuous": "continuous", "gipo_minigrid_vision": "minigrid"}
+GIPO = list(DOMAIN_OF)
+SCRIPTS = [*GIPO, "ppo_baseline"]
+# every way to start a script: name and the arguments that select its domain
+ENTRIES = [(name, []) for name in GIPO] + [("ppo_baseline", [domain]) for domain in DOMAIN_OF.values()]
+_fresh = itertools.count()
+
+
+def source(name: str) -> str:
+    return (ROOT / f"{name}.py").read_text()
+
+
+def load(name: str) -> ModuleType:
+    """A fresh module with the definitions of a script; its body has not run."""
+    alias = f"{name}_{next(_fresh)}"
+    spec = importlib.util.spec_from_file_location(alias, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[alias] = module  # dataclasses and tyro look their classes' module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(module: ModuleType, monkeypatch, folder: Path, argv: list[str]) -> ModuleType:
+    """Runs the body of a loaded script in `folder` as if started with `argv`; its variables end up in the module."""
+    body = ast.parse(Path(module.__file__).read_text())
+    body.body = [node for node in body.body if isinstance(node, ast.If)]
+    monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, argv)])
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    module.__name__ = "__main__"
+    try:
+        exec(compile(body, module.__file__, "exec"), vars(module))
+    finally:
+        module.__name__ = module.__spec__.name
+    return module
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) pairs by tag, read back from the one TensorBoard run under `folder`."""
+    (run_folder,) = (folder / "runs").iterdir()
+    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

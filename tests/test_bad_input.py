@@ -1,0 +1,85 @@
+"""A mistake in the command line: one sentence that names the flag, exit code 2, and nothing created."""
+
+import subprocess
+import sys
+
+import pytest
+from harness import ROOT, load, run
+
+CASES = [
+    ("gipo_continuous", "--sigma 0"),
+    ("gipo_continuous", "--sigma -1"),
+    ("gipo_continuous", "--sigma nan"),
+    ("gipo_continuous", "--sigma-neg 0"),
+    ("gipo_continuous", "--buffer-epochs 0"),
+    ("gipo_continuous", "--policy-lag -1"),
+    ("gipo_continuous", "--total-timesteps 2047"),
+    ("gipo_continuous", "--num-minibatches 7"),
+    ("gipo_continuous", "--num-minibatches 0"),
+    ("gipo_continuous", "--num-minibatches 2048"),
+    ("gipo_continuous", "--num-steps 1"),
+    ("gipo_continuous", "--num-envs 0"),
+    ("gipo_continuous", "--update-epochs 0"),
+    ("gipo_continuous", "--learning-rate inf"),
+    ("gipo_continuous", "--learning-rate 0"),
+    ("gipo_continuous", "--gamma 1.1"),
+    ("gipo_continuous", "--gae-lambda nan"),
+    ("gipo_continuous", "--ent-coef -0.1"),
+    ("gipo_continuous", "--vf-coef inf"),
+    ("gipo_continuous", "--max-grad-norm 0"),
+    ("gipo_continuous", "--seed -1"),
+    ("gipo_continuous", "--freeze-buffer-at 2047"),
+    ("gipo_continuous", "--advantage-source fresh"),
+    ("gipo_continuous", "--env-id HalfCheeta-v5"),
+    ("gipo_continuous", "--env-id Meta-World/reech-v3"),
+    ("gipo_continuous", "--env-id nowhere:HalfCheetah-v5"),
+    ("gipo_continuous", "--env-id CartPole-v1"),
+    ("gipo_atari", "--env-id ALE/Brekout-v5"),
+    ("gipo_atari", "--env-id CartPole-v1"),
+    ("gipo_atari", "--sticky-actions 1.5"),
+    ("gipo_minigrid_vision", "--env-id MiniGrid-Fetsh-5x5-N2-v0"),
+    ("gipo_minigrid_vision", "--env-id CartPole-v1"),
+    ("ppo_baseline", "continuous --clip-coef 0"),
+    ("ppo_baseline", "continuous --dual-clip 1"),
+    ("ppo_baseline", "continuous --sapo-tau 0"),
+    ("ppo_baseline", "continuous --sapo-tau-neg -1"),
+    ("ppo_baseline", "continuous --tis-cap 0"),
+    ("ppo_baseline", "continuous --spo-eps nan"),
+    ("ppo_baseline", "continuous --surrogate clipp"),
+]
+NEAR = {
+    "HalfCheeta-v5": "HalfCheetah-v5",
+    "Meta-World/reech-v3": "reach-v3",
+    "ALE/Brekout-v5": "ALE/Breakout-v5",
+    "MiniGrid-Fetsh-5x5-N2-v0": "MiniGrid-Fetch-5x5-N2-v0",
+}
+
+
+@pytest.mark.parametrize(("name", "flags"), CASES)
+def test_refused(name, flags, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as stop:
+        run(load(name), monkeypatch, tmp_path, flags.split())
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    *_, flag, value = flags.split()
+    assert flag in message
+    assert "Traceback" not in message
+    assert NEAR.get(value, "") in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cuda_without_cuda(monkeypatch, tmp_path, capsys):
+    module = load("gipo_atari")
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        run(module, monkeypatch, tmp_path, ["--device", "cuda"])
+    assert stop.value.code == 2
+    assert "--device" in capsys.readouterr().err
+
+
+def test_a_domain_must_be_named(tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "ppo_baseline.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "continuous" in result.stderr
+    assert list(tmp_path.iterdir()) == []
