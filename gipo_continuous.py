@@ -18,16 +18,16 @@ r is the joint ratio of all action dimensions, so sigma is in units of the joint
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "gymnasium>=1.2,<2",
-#     "metaworld>=3.1,<4",
+#     "gymnasium>=1.4,<2",
+#     "metaworld>=3.1.1,<4",
 #     "mujoco>=3.3,<3.17",
 #     "numpy>=2,<3",
 #     "packaging",
-#     "tensorboard>=2.18",
-#     "torch>=2.6,<3",
-#     "tqdm>=4.66",
-#     "tyro>=0.9,<2",
-#     "wandb>=0.19,<1",
+#     "tensorboard>=2.21",
+#     "torch>=2.13,<3",
+#     "tqdm>=4.70",
+#     "tyro>=1.0,<2",
+#     "wandb>=0.31,<1",
 # ]
 # ///
 
@@ -529,9 +529,11 @@ if __name__ == "__main__":
         b_logprobs = buffer.logprobs.flatten()
         b_advantages = buffer.advantages.flatten()
         b_returns = buffer.returns.flatten()
+        b_values = buffer.values.flatten()
         metrics = []
         for _ in range(args.update_epochs):
-            for mb_inds in buffer.sample(args.batch_size).split(args.minibatch_size):
+            b_inds = buffer.sample(args.batch_size)
+            for mb_inds in b_inds.split(args.minibatch_size):
                 _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
                 logratio = newlogprob - b_logprobs[mb_inds]
                 mb_advantages = b_advantages[mb_inds]
@@ -566,10 +568,10 @@ if __name__ == "__main__":
             )
 
         # Logging
-        y_pred, y_true = buffer.values[buffer.valid], buffer.returns[buffer.valid]
+        y_pred, y_true = b_values[b_inds], b_returns[b_inds]
         explained_var = 1 - (y_true - y_pred).var() / y_true.var().clamp(min=1e-8)
-        scalars = dict(zip(losses, torch.stack(metrics).mean(0).tolist(), strict=True))
-        scalars["losses/explained_variance"] = explained_var.item()
+        means = torch.cat([torch.stack(metrics).mean(0), explained_var.unsqueeze(0)])
+        scalars = dict(zip([*losses, "losses/explained_variance"], means.tolist(), strict=True))
         scalars |= {tag: np.mean(values) for tag, values in episodes.items() if values}
         ages = [iteration - version for version in buffer.versions]
         scalars["offpolicy/age_mean"] = np.mean(ages)

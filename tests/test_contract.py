@@ -141,3 +141,11 @@ def test_runs_copied_alone_into_an_empty_folder(name, domain, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_the_readme_shows_the_diff_as_it_is():
+    (block,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for line in block.splitlines():
+        files = {"-": ["ppo_baseline"], "+": ["gipo_atari"], " ": ["ppo_baseline", "gipo_atari"]}[line[0]]
+        for name in files:
+            assert line[1:] in source(name).splitlines(), line
