@@ -3,7 +3,7 @@
     loss = -mean(w * r * A),  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2)) without gradient
 
 mu is the policy that collected the sample. Close to it GIPO is importance sampling; far from it the weight fades
-instead of cutting off, and w * r never exceeds exp(sigma^2 / 2). (Lu et al. 2026, https://arxiv.org/abs/2603.03955)
+instead of cutting off, and w * r stays below exp(sigma^2 / 2). (Lu et al. 2026, https://arxiv.org/abs/2603.03955)
 
     python gipo_minigrid_vision.py                                # fetch the object that the mission names
     python gipo_minigrid_vision.py --buffer-epochs 8              # learn from the last 8 rollouts
@@ -39,6 +39,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -57,8 +58,10 @@ from torch.distributions.categorical import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-
 # ------------------------------------------------------- Flags --------------------------------------------------------
+RANDOM_STEPS = 64  # per environment, before the first rollout, to start the statistics from
+
+
 class BadInput(ValueError):
     """A mistake in the command line: one sentence that names the flag and the fix, shown without a traceback."""
 
@@ -74,7 +77,7 @@ class Args:
     """The flags that every domain has; those without a default here get one in the domain's own subclass below."""
 
     env_id: str
-    """environment id, or module:id for one that a module of yours registers"""
+    """environment id, or module:id for one that an importable module of yours registers"""
     total_timesteps: int
     """environment steps in all, summed over the parallel environments (1e5 to 1e7)"""
     seed: int = 1
@@ -122,7 +125,7 @@ class Args:
     policy_lag: int = 0
     """iterations L by which the policy that acts is older than the one that learns (0 to 16)"""
     freeze_buffer_at: int | None = None
-    """environment step after which no transition enters the buffer any more; none never freezes it"""
+    """environment step; from the next iteration on no transition enters the buffer any more; none never freezes it"""
     advantage_source: Literal["recompute", "stored"] = "recompute"
     """recompute advantages with the current critic in each iteration, or keep those stored at collection"""
 
@@ -136,28 +139,28 @@ class Args:
             require(ok, f"--{flag} {getattr(self, flag.replace('-', '_'))}: give {rule}.")
 
         rollout = f"one rollout (--num-steps x --num-envs = {self.batch_size})"
-        check("seed", 0 <= self.seed < 2**32, "a number from 0 to 4294967295")
+        check("seed", 0 <= self.seed <= 2_000_000_000, "a number from 0 to 2000000000")
         check("num-envs", self.num_envs >= 1, "1 or more")
-        check("num-steps", self.num_steps >= 2, "2 or more")
+        check("num-steps", self.num_steps >= 2, "2 or more, for a single row can be all resets")
         check("total-timesteps", self.total_timesteps >= self.batch_size, f"at least {rollout}")
-        check("learning-rate", 0 < self.learning_rate < math.inf, "a number above 0")
+        check("learning-rate", 0 < self.learning_rate <= 1, "a number above 0, 1 at most")
         check("gamma", 0 <= self.gamma <= 1, "a number from 0 to 1")
         check("gae-lambda", 0 <= self.gae_lambda <= 1, "a number from 0 to 1")
         check("update-epochs", self.update_epochs >= 1, "1 or more")
         divides = self.num_minibatches >= 1 and self.batch_size % self.num_minibatches == 0
-        check("num-minibatches", divides and self.minibatch_size > 1, f"a divisor of {rollout}, and smaller")
+        check("num-minibatches", divides and self.minibatch_size > 1, f"a divisor of {rollout}, 2 or more left each")
         check("ent-coef", 0 <= self.ent_coef < math.inf, "a number of 0 or more")
         check("vf-coef", 0 <= self.vf_coef < math.inf, "a number of 0 or more")
         check("max-grad-norm", 0 < self.max_grad_norm < math.inf, "a number above 0")
         check("buffer-epochs", self.buffer_epochs >= 1, "1 or more")
         check("policy-lag", self.policy_lag >= 0, "0 or more")
-        filled = self.freeze_buffer_at is None or self.freeze_buffer_at >= self.batch_size
-        check("freeze-buffer-at", filled, f"at least {rollout}, for there must be data to learn from")
+        in_run = self.freeze_buffer_at is None or self.batch_size <= self.freeze_buffer_at < self.total_timesteps
+        check("freeze-buffer-at", in_run, f"at least {rollout}, so that there is data, and less than --total-timesteps")
         check("device", self.device != "cuda" or torch.cuda.is_available(), "cpu, for torch finds no CUDA device here")
         check("device", self.device != "mps" or torch.backends.mps.is_available(), "cpu, for torch finds no Apple GPU")
         self.sigma_neg = self.sigma if self.sigma_neg is None else self.sigma_neg
-        check("sigma", 0 < self.sigma < math.inf, "a number above 0 (0.2 to 2 is usual)")
-        check("sigma-neg", 0 < self.sigma_neg < math.inf, "a number above 0 (0.1 to 2 is usual)")
+        check("sigma", 1e-6 < self.sigma < math.inf, "a number above 0 (0.2 to 2 is usual)")
+        check("sigma-neg", 1e-6 < self.sigma_neg < math.inf, "a number above 0 (0.1 to 2 is usual)")
 
     @property
     def batch_size(self) -> int:
@@ -173,18 +176,21 @@ class Args:
 def load_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     """Find a registered environment, importing the module of `module:id`; `BadInput` names near matches."""
     module, _, name = env_id.rpartition(":")
-    try:
-        if module:
+    if module:
+        try:
             importlib.import_module(module)
+        except ImportError as error:
+            raise BadInput(f"its module cannot be imported, put it on PYTHONPATH ({error}).") from None
+    try:
         return gym.spec(name)
-    except (gym.error.Error, ImportError):
+    except gym.error.Error:
         near = difflib.get_close_matches(name, gym.registry, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else "give a registered id."
-        raise BadInput(f"--env-id {env_id}: no such environment; {hint}") from None
+        raise BadInput(f"no such environment; {hint}") from None
 
 
 def layer_init(layer: nn.Module, std: float = math.sqrt(2), bias_const: float = 0.0) -> nn.Module:
-    """Orthogonal weights of gain `std` and constant biases (Andrychowicz et al. 2021)."""
+    """Orthogonal weights of gain `std` (Saxe et al. 2014) and constant biases."""
     torch.nn.init.orthogonal_(layer.weight, std)
     torch.nn.init.constant_(layer.bias, bias_const)
     return layer
@@ -198,7 +204,7 @@ VOCABULARY = """
     rooms square the then to traverse unlock up use yellow you your
 """.split()
 WORD_IDS = {word: i for i, word in enumerate(VOCABULARY, start=1)}
-MAX_WORDS = 40
+MAX_WORDS = 40  # a few of BabyAI's longest missions lose their end
 TILE = 8
 VIEW = 7 * TILE
 PIXELS = VIEW * VIEW * 3
@@ -220,7 +226,7 @@ class MinigridArgs(Args):
     learning_rate: float = 1e-3
     update_epochs: int = 4
     num_minibatches: int = 4
-    ent_coef: float = 0.01
+    ent_coef: float = 0.03
 
 
 @cache
@@ -251,9 +257,9 @@ class PixelsAndWords(gym.Wrapper):
                 pixels[j * TILE : (j + 1) * TILE, i * TILE : (i + 1) * TILE] = tile
         words = re.findall("[a-z]+", obs["mission"].lower())
         unknown = [word for word in words if word not in WORD_IDS]
-        require(not unknown, f"--env-id {self.spec.id}: the mission's words {unknown} are not in VOCABULARY; add them.")
-        require(len(words) <= MAX_WORDS, f"--env-id {self.spec.id}: a mission has {len(words)} words; raise MAX_WORDS.")
-        packed[PIXELS : PIXELS + len(words)] = [WORD_IDS[word] for word in words]
+        require(not unknown, f"the mission's words {unknown} are not in VOCABULARY; add them.")
+        ids = [WORD_IDS[word] for word in words[:MAX_WORDS]]
+        packed[PIXELS : PIXELS + len(ids)] = ids
         return packed
 
     def reset(self, **kwargs):
@@ -272,12 +278,13 @@ def make_minigrid_envs(args: MinigridArgs) -> gym.vector.VectorEnv:
     spec = load_spec(args.env_id)
 
     def make_env():
-        env = gym.make(args.env_id, disable_env_checker=True)
+        env = gym.make(spec, disable_env_checker=True)
         space = env.observation_space
         require(
-            isinstance(space, gym.spaces.Dict) and "mission" in space.keys() and space["image"].shape == (7, 7, 3),
-            f"--env-id {args.env_id}: observations must be MiniGrid's 7 x 7 view and mission, not {space};"
-            " try MiniGrid-Fetch-5x5-N2-v0.",
+            isinstance(space, gym.spaces.Dict)
+            and {"image", "mission"} <= space.keys()
+            and space["image"].shape == (7, 7, 3),
+            f"observations must be MiniGrid's 7 x 7 view and mission, not {space}; try MiniGrid-Fetch-5x5-N2-v0.",
         )
         return PixelsAndWords(env, spec.id)
 
@@ -345,7 +352,7 @@ class ReplayBuffer:
         self.values = torch.zeros(shape, device=device)
         self.advantages = torch.zeros(shape, device=device)
         self.returns = torch.zeros(shape, device=device)
-        self.versions = deque(maxlen=args.buffer_epochs)  # iteration of the policy that acted, oldest rollout first
+        self.versions = deque(maxlen=args.buffer_epochs)  # iteration of the policy that acted, by rollout
         self.slot = -1  # index of the newest rollout
 
     def start(self, obs, version: int):
@@ -387,7 +394,7 @@ def policy_loss(logratio, advantages, args: Args):
     """GIPO: the importance ratio times a Gaussian in its logarithm, through which no gradient flows (Lu et al. 2026).
 
     logratio = log pi(a|s) - log mu(a|s), joint over action dimensions, and advantages are (B,). Returns the loss and,
-    detached, the coefficient c of each sample, whose gradient is -c A grad log pi / B; never above exp(sigma^2 / 2).
+    detached, the coefficient c of each sample, whose gradient is -c A grad log pi / B; at most exp(sigma^2 / 2).
     """
     # exp(logratio) * exp(-z^2 / 2) in one exponential, which cannot overflow
     z = torch.where(advantages > 0, logratio.detach() / args.sigma, logratio.detach() / args.sigma_neg)
@@ -415,7 +422,7 @@ DOMAINS = {MinigridArgs: (make_minigrid_envs, MinigridAgent)}
 
 def parse_args() -> Args:
     """Read the command line; a mistake prints one sentence and exits with 2."""
-    return tyro.cli(MinigridArgs)
+    return tyro.cli(MinigridArgs, description=__doc__)
 
 
 if __name__ == "__main__":
@@ -424,17 +431,18 @@ if __name__ == "__main__":
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic = True  # one seed, one result on a GPU too
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
     try:
         envs = make_envs(args)
         envs.reset(seed=args.seed)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (BadInput, gym.error.Error, ImportError) as error:
+        print(f"error: --env-id {args.env_id}: {error}", file=sys.stderr)
         sys.exit(2)
 
-    run_name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    # down to the microsecond, for runs that start together must not share a folder
+    run_name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     if args.track:
         try:
             import wandb
@@ -462,14 +470,18 @@ if __name__ == "__main__":
     def to_device(array, dtype=torch.float32):
         return torch.as_tensor(array, dtype=dtype, device=device)
 
-    # Statistics start from a few random steps that are not learned from
+    # Statistics start from a few random steps, which are neither counted nor learned from
     envs.action_space.seed(args.seed)
     next_valid = np.ones(args.num_envs, dtype=bool)
-    for steps_left in reversed(range(64)):
+    for step in range(RANDOM_STEPS):
         next_obs, reward, terminations, truncations, _ = envs.step(envs.action_space.sample())
-        done = terminations | truncations | (steps_left == 0)
-        row = to_device(next_obs), to_device(reward), to_device(done, torch.bool), to_device(next_valid, torch.bool)
-        agent.update_statistics(*(tensor.unsqueeze(0) for tensor in row))
+        done = terminations | truncations | (step == RANDOM_STEPS - 1)  # the run itself starts with a reset
+        agent.update_statistics(
+            to_device(next_obs).unsqueeze(0),
+            to_device(reward).unsqueeze(0),
+            to_device(done, torch.bool).unsqueeze(0),
+            to_device(next_valid, torch.bool).unsqueeze(0),
+        )
         next_valid = ~done
 
     global_step = 0
@@ -522,23 +534,22 @@ if __name__ == "__main__":
         global_step += args.batch_size
 
         # Advantages
-        if args.advantage_source == "recompute":
-            slots = list(range(len(buffer.versions)))
-        else:
-            slots = [] if frozen else [buffer.slot]
-        with torch.no_grad():
-            for slot in slots:
-                chunks = buffer.obs[slot].flatten(0, 1).split(args.minibatch_size)
-                values = torch.cat([agent.get_value(chunk) for chunk in chunks])
-                buffer.values[slot] = values.view(args.num_steps + 1, args.num_envs)
-            buffer.advantages[slots, :-1], buffer.returns[slots, :-1] = compute_gae(
-                agent.scale_rewards(buffer.rewards[slots, :-1]),
-                buffer.values[slots],
-                buffer.terminated[slots, :-1],
-                buffer.dones[slots, :-1],
-                args.gamma,
-                args.gae_lambda,
-            )
+        recompute = args.advantage_source == "recompute"
+        if recompute or not frozen:
+            slots = list(range(len(buffer.versions))) if recompute else [buffer.slot]
+            with torch.no_grad():
+                for slot in slots:
+                    chunks = buffer.obs[slot].flatten(0, 1).split(args.minibatch_size)
+                    values = torch.cat([agent.get_value(chunk) for chunk in chunks])
+                    buffer.values[slot] = values.view(args.num_steps + 1, args.num_envs)
+                buffer.advantages[slots, :-1], buffer.returns[slots, :-1] = compute_gae(
+                    agent.scale_rewards(buffer.rewards[slots, :-1]),
+                    buffer.values[slots],
+                    buffer.terminated[slots, :-1],
+                    buffer.dones[slots, :-1],
+                    args.gamma,
+                    args.gae_lambda,
+                )
 
         # Update
         b_obs = buffer.obs.flatten(0, 2)
@@ -577,11 +588,13 @@ if __name__ == "__main__":
                     losses["losses/entropy"] = entropy_loss
                     metrics.append(torch.stack(list(losses.values())))
 
-        # Statistics change only now, so that the first minibatch after a rollout has a log-ratio of 0
+        # Statistics change only now: the policy that acted on them must still be the one that the update starts from
         if not frozen:
-            newest = buffer.slot, slice(0, -1)
             agent.update_statistics(
-                buffer.obs[newest], buffer.rewards[newest], buffer.dones[newest], buffer.valid[newest]
+                buffer.obs[buffer.slot, :-1],
+                buffer.rewards[buffer.slot, :-1],
+                buffer.dones[buffer.slot, :-1],
+                buffer.valid[buffer.slot, :-1],
             )
 
         # Logging

@@ -42,6 +42,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal
@@ -62,8 +63,10 @@ from torch.distributions.normal import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-
 # ------------------------------------------------------- Flags --------------------------------------------------------
+RANDOM_STEPS = 64  # per environment, before the first rollout, to start the statistics from
+
+
 class BadInput(ValueError):
     """A mistake in the command line: one sentence that names the flag and the fix, shown without a traceback."""
 
@@ -79,7 +82,7 @@ class Args:
     """The flags that every domain has; those without a default here get one in the domain's own subclass below."""
 
     env_id: str
-    """environment id, or module:id for one that a module of yours registers"""
+    """environment id, or module:id for one that an importable module of yours registers"""
     total_timesteps: int
     """environment steps in all, summed over the parallel environments (1e5 to 1e7)"""
     seed: int = 1
@@ -127,14 +130,14 @@ class Args:
     policy_lag: int = 0
     """iterations L by which the policy that acts is older than the one that learns (0 to 16)"""
     freeze_buffer_at: int | None = None
-    """environment step after which no transition enters the buffer any more; none never freezes it"""
+    """environment step; from the next iteration on no transition enters the buffer any more; none never freezes it"""
     advantage_source: Literal["recompute", "stored"] = "recompute"
     """recompute advantages with the current critic in each iteration, or keep those stored at collection"""
 
     surrogate: Literal["clip", "dual-clip", "none", "sapo", "tis", "spo"] = "clip"
     """policy loss; none is plain importance sampling"""
     clip_coef: float = 0.2
-    """clip, dual-clip: largest distance of the ratio from 1 that still gets a gradient (0.1 to 0.3)"""
+    """clip, dual-clip: how far the advantage may push the ratio from 1 before the gradient stops (0.1 to 0.3)"""
     dual_clip: float = 3.0
     """dual-clip: ratio above which a negative advantage gets no gradient (2 to 5)"""
     sapo_tau: float = 1.0
@@ -144,30 +147,30 @@ class Args:
     tis_cap: float = 1.0
     """tis: largest importance weight (1 to 5)"""
     spo_eps: float = 0.2
-    """spo: distance of the ratio from 1 at which the gradient changes sign (0.1 to 0.3)"""
+    """spo: how far the advantage may push the ratio from 1 before the gradient turns back (0.1 to 0.3)"""
 
     def __post_init__(self):
         def check(flag, ok, rule):
             require(ok, f"--{flag} {getattr(self, flag.replace('-', '_'))}: give {rule}.")
 
         rollout = f"one rollout (--num-steps x --num-envs = {self.batch_size})"
-        check("seed", 0 <= self.seed < 2**32, "a number from 0 to 4294967295")
+        check("seed", 0 <= self.seed <= 2_000_000_000, "a number from 0 to 2000000000")
         check("num-envs", self.num_envs >= 1, "1 or more")
-        check("num-steps", self.num_steps >= 2, "2 or more")
+        check("num-steps", self.num_steps >= 2, "2 or more, for a single row can be all resets")
         check("total-timesteps", self.total_timesteps >= self.batch_size, f"at least {rollout}")
-        check("learning-rate", 0 < self.learning_rate < math.inf, "a number above 0")
+        check("learning-rate", 0 < self.learning_rate <= 1, "a number above 0, 1 at most")
         check("gamma", 0 <= self.gamma <= 1, "a number from 0 to 1")
         check("gae-lambda", 0 <= self.gae_lambda <= 1, "a number from 0 to 1")
         check("update-epochs", self.update_epochs >= 1, "1 or more")
         divides = self.num_minibatches >= 1 and self.batch_size % self.num_minibatches == 0
-        check("num-minibatches", divides and self.minibatch_size > 1, f"a divisor of {rollout}, and smaller")
+        check("num-minibatches", divides and self.minibatch_size > 1, f"a divisor of {rollout}, 2 or more left each")
         check("ent-coef", 0 <= self.ent_coef < math.inf, "a number of 0 or more")
         check("vf-coef", 0 <= self.vf_coef < math.inf, "a number of 0 or more")
         check("max-grad-norm", 0 < self.max_grad_norm < math.inf, "a number above 0")
         check("buffer-epochs", self.buffer_epochs >= 1, "1 or more")
         check("policy-lag", self.policy_lag >= 0, "0 or more")
-        filled = self.freeze_buffer_at is None or self.freeze_buffer_at >= self.batch_size
-        check("freeze-buffer-at", filled, f"at least {rollout}, for there must be data to learn from")
+        in_run = self.freeze_buffer_at is None or self.batch_size <= self.freeze_buffer_at < self.total_timesteps
+        check("freeze-buffer-at", in_run, f"at least {rollout}, so that there is data, and less than --total-timesteps")
         check("device", self.device != "cuda" or torch.cuda.is_available(), "cpu, for torch finds no CUDA device here")
         check("device", self.device != "mps" or torch.backends.mps.is_available(), "cpu, for torch finds no Apple GPU")
         check("clip-coef", 0 < self.clip_coef < 1, "a number between 0 and 1 (0.1 to 0.3 is usual)")
@@ -191,18 +194,21 @@ class Args:
 def load_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     """Find a registered environment, importing the module of `module:id`; `BadInput` names near matches."""
     module, _, name = env_id.rpartition(":")
-    try:
-        if module:
+    if module:
+        try:
             importlib.import_module(module)
+        except ImportError as error:
+            raise BadInput(f"its module cannot be imported, put it on PYTHONPATH ({error}).") from None
+    try:
         return gym.spec(name)
-    except (gym.error.Error, ImportError):
+    except gym.error.Error:
         near = difflib.get_close_matches(name, gym.registry, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else "give a registered id."
-        raise BadInput(f"--env-id {env_id}: no such environment; {hint}") from None
+        raise BadInput(f"no such environment; {hint}") from None
 
 
 def layer_init(layer: nn.Module, std: float = math.sqrt(2), bias_const: float = 0.0) -> nn.Module:
-    """Orthogonal weights of gain `std` and constant biases (Andrychowicz et al. 2021)."""
+    """Orthogonal weights of gain `std` (Saxe et al. 2014) and constant biases."""
     torch.nn.init.orthogonal_(layer.weight, std)
     torch.nn.init.constant_(layer.bias, bias_const)
     return layer
@@ -251,9 +257,10 @@ class ReportLifeLoss(gym.vector.VectorWrapper):
 
 def make_atari_envs(args: AtariArgs) -> gym.vector.VectorEnv:
     """Vector of games with observations (4, 84, 84) uint8; `BadInput` if the id or its spaces do not fit."""
-    if load_spec(args.env_id).namespace == "ALE":
+    spec = load_spec(args.env_id)
+    if spec.namespace == "ALE":
         envs = gym.make_vec(
-            args.env_id,
+            spec,
             num_envs=args.num_envs,
             repeat_action_probability=args.sticky_actions,
             full_action_space=False,
@@ -274,15 +281,15 @@ def make_atari_envs(args: AtariArgs) -> gym.vector.VectorEnv:
         if args.life_loss_terminates:
             envs = ReportLifeLoss(envs)
     else:
-        envs = gym.make_vec(args.env_id, num_envs=args.num_envs, vectorization_mode="sync")
+        envs = gym.make_vec(spec, num_envs=args.num_envs, vectorization_mode="sync")
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     require(
         obs_space.shape == (4, 84, 84) and obs_space.dtype == np.uint8,
-        f"--env-id {args.env_id}: observations must be (4, 84, 84) uint8, not {obs_space}; try ALE/Breakout-v5.",
+        f"observations must be (4, 84, 84) uint8, not {obs_space}; try ALE/Breakout-v5.",
     )
     require(
         isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0,
-        f"--env-id {args.env_id}: actions must be discrete and count from 0, not {action_space}; try ALE/Breakout-v5.",
+        f"actions must be discrete and count from 0, not {action_space}; try ALE/Breakout-v5.",
     )
     return gym.wrappers.vector.RecordEpisodeStatistics(envs)
 
@@ -350,31 +357,30 @@ def make_continuous_envs(args: ContinuousArgs) -> gym.vector.VectorEnv:
         near = ", ".join(difflib.get_close_matches(task, metaworld.ALL_V3_ENVIRONMENTS, n=3, cutoff=0.4)) or "reach-v3"
         require(
             task in metaworld.ALL_V3_ENVIRONMENTS,
-            f"--env-id {args.env_id}: Meta-World has no such task; did you mean {near}?",
+            f"Meta-World has no such task; did you mean {near}?",
         )
         # goals follow the constructor's seed, so each copy needs its own
         kwargs = [{"id": "Meta-World/MT1", "env_name": task, "seed": args.seed + i} for i in range(args.num_envs)]
     else:
-        load_spec(args.env_id)
-        kwargs = [{"id": args.env_id}] * args.num_envs
+        kwargs = [{"id": load_spec(args.env_id)}] * args.num_envs
     envs = gym.vector.SyncVectorEnv([partial(gym.make, disable_env_checker=True, **kw) for kw in kwargs])
     if not args.env_id.startswith("Meta-World/"):
         envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     require(
         isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1,
-        f"--env-id {args.env_id}: observations must be a flat Box, not {obs_space}; try HalfCheetah-v5.",
+        f"observations must be a flat Box, not {obs_space}; try HalfCheetah-v5.",
     )
     require(
         isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1,
-        f"--env-id {args.env_id}: actions must be a flat Box, not {action_space}; try HalfCheetah-v5.",
+        f"actions must be a flat Box, not {action_space}; try HalfCheetah-v5.",
     )
     low, high = action_space.low, action_space.high
     return gym.wrappers.vector.TransformAction(envs, lambda actions: np.clip(actions, low, high))
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all samples so far, updated batch by batch (Welford 1962)."""
+    """Mean and variance of all samples so far, updated batch by batch (Chan et al. 1979)."""
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
@@ -451,7 +457,7 @@ VOCABULARY = """
     rooms square the then to traverse unlock up use yellow you your
 """.split()
 WORD_IDS = {word: i for i, word in enumerate(VOCABULARY, start=1)}
-MAX_WORDS = 40
+MAX_WORDS = 40  # a few of BabyAI's longest missions lose their end
 TILE = 8
 VIEW = 7 * TILE
 PIXELS = VIEW * VIEW * 3
@@ -473,7 +479,7 @@ class MinigridArgs(Args):
     learning_rate: float = 1e-3
     update_epochs: int = 4
     num_minibatches: int = 4
-    ent_coef: float = 0.01
+    ent_coef: float = 0.03
 
 
 @cache
@@ -504,9 +510,9 @@ class PixelsAndWords(gym.Wrapper):
                 pixels[j * TILE : (j + 1) * TILE, i * TILE : (i + 1) * TILE] = tile
         words = re.findall("[a-z]+", obs["mission"].lower())
         unknown = [word for word in words if word not in WORD_IDS]
-        require(not unknown, f"--env-id {self.spec.id}: the mission's words {unknown} are not in VOCABULARY; add them.")
-        require(len(words) <= MAX_WORDS, f"--env-id {self.spec.id}: a mission has {len(words)} words; raise MAX_WORDS.")
-        packed[PIXELS : PIXELS + len(words)] = [WORD_IDS[word] for word in words]
+        require(not unknown, f"the mission's words {unknown} are not in VOCABULARY; add them.")
+        ids = [WORD_IDS[word] for word in words[:MAX_WORDS]]
+        packed[PIXELS : PIXELS + len(ids)] = ids
         return packed
 
     def reset(self, **kwargs):
@@ -525,12 +531,13 @@ def make_minigrid_envs(args: MinigridArgs) -> gym.vector.VectorEnv:
     spec = load_spec(args.env_id)
 
     def make_env():
-        env = gym.make(args.env_id, disable_env_checker=True)
+        env = gym.make(spec, disable_env_checker=True)
         space = env.observation_space
         require(
-            isinstance(space, gym.spaces.Dict) and "mission" in space.keys() and space["image"].shape == (7, 7, 3),
-            f"--env-id {args.env_id}: observations must be MiniGrid's 7 x 7 view and mission, not {space};"
-            " try MiniGrid-Fetch-5x5-N2-v0.",
+            isinstance(space, gym.spaces.Dict)
+            and {"image", "mission"} <= space.keys()
+            and space["image"].shape == (7, 7, 3),
+            f"observations must be MiniGrid's 7 x 7 view and mission, not {space}; try MiniGrid-Fetch-5x5-N2-v0.",
         )
         return PixelsAndWords(env, spec.id)
 
@@ -598,7 +605,7 @@ class ReplayBuffer:
         self.values = torch.zeros(shape, device=device)
         self.advantages = torch.zeros(shape, device=device)
         self.returns = torch.zeros(shape, device=device)
-        self.versions = deque(maxlen=args.buffer_epochs)  # iteration of the policy that acted, oldest rollout first
+        self.versions = deque(maxlen=args.buffer_epochs)  # iteration of the policy that acted, by rollout
         self.slot = -1  # index of the newest rollout
 
     def start(self, obs, version: int):
@@ -660,7 +667,7 @@ def policy_loss(logratio, advantages, args: Args):
         gate = torch.sigmoid(tau * (ratio - 1))
         objective = 4 / tau * gate * advantages
         coef = ratio * 4 * gate * (1 - gate)
-    elif args.surrogate == "tis":  # Espeholt et al. 2018
+    elif args.surrogate == "tis":  # Ionides 2008
         coef = ratio.detach().clamp(max=args.tis_cap)
         objective = coef * advantages * logratio
     elif args.surrogate == "spo":  # Xie et al. 2024
@@ -698,7 +705,8 @@ def parse_args() -> Args:
             "atari": ("Arcade Learning Environment from pixels.", AtariArgs(clip_coef=0.1)),
             "continuous": ("MuJoCo and Meta-World.", ContinuousArgs()),
             "minigrid": ("MiniGrid and BabyAI from pixels and words.", MinigridArgs()),
-        }
+        },
+        description=__doc__,
     )
 
 
@@ -708,17 +716,18 @@ if __name__ == "__main__":
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic = True  # one seed, one result on a GPU too
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
     try:
         envs = make_envs(args)
         envs.reset(seed=args.seed)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (BadInput, gym.error.Error, ImportError) as error:
+        print(f"error: --env-id {args.env_id}: {error}", file=sys.stderr)
         sys.exit(2)
 
-    run_name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    # down to the microsecond, for runs that start together must not share a folder
+    run_name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     if args.track:
         try:
             import wandb
@@ -746,14 +755,18 @@ if __name__ == "__main__":
     def to_device(array, dtype=torch.float32):
         return torch.as_tensor(array, dtype=dtype, device=device)
 
-    # Statistics start from a few random steps that are not learned from
+    # Statistics start from a few random steps, which are neither counted nor learned from
     envs.action_space.seed(args.seed)
     next_valid = np.ones(args.num_envs, dtype=bool)
-    for steps_left in reversed(range(64)):
+    for step in range(RANDOM_STEPS):
         next_obs, reward, terminations, truncations, _ = envs.step(envs.action_space.sample())
-        done = terminations | truncations | (steps_left == 0)
-        row = to_device(next_obs), to_device(reward), to_device(done, torch.bool), to_device(next_valid, torch.bool)
-        agent.update_statistics(*(tensor.unsqueeze(0) for tensor in row))
+        done = terminations | truncations | (step == RANDOM_STEPS - 1)  # the run itself starts with a reset
+        agent.update_statistics(
+            to_device(next_obs).unsqueeze(0),
+            to_device(reward).unsqueeze(0),
+            to_device(done, torch.bool).unsqueeze(0),
+            to_device(next_valid, torch.bool).unsqueeze(0),
+        )
         next_valid = ~done
 
     global_step = 0
@@ -806,23 +819,22 @@ if __name__ == "__main__":
         global_step += args.batch_size
 
         # Advantages
-        if args.advantage_source == "recompute":
-            slots = list(range(len(buffer.versions)))
-        else:
-            slots = [] if frozen else [buffer.slot]
-        with torch.no_grad():
-            for slot in slots:
-                chunks = buffer.obs[slot].flatten(0, 1).split(args.minibatch_size)
-                values = torch.cat([agent.get_value(chunk) for chunk in chunks])
-                buffer.values[slot] = values.view(args.num_steps + 1, args.num_envs)
-            buffer.advantages[slots, :-1], buffer.returns[slots, :-1] = compute_gae(
-                agent.scale_rewards(buffer.rewards[slots, :-1]),
-                buffer.values[slots],
-                buffer.terminated[slots, :-1],
-                buffer.dones[slots, :-1],
-                args.gamma,
-                args.gae_lambda,
-            )
+        recompute = args.advantage_source == "recompute"
+        if recompute or not frozen:
+            slots = list(range(len(buffer.versions))) if recompute else [buffer.slot]
+            with torch.no_grad():
+                for slot in slots:
+                    chunks = buffer.obs[slot].flatten(0, 1).split(args.minibatch_size)
+                    values = torch.cat([agent.get_value(chunk) for chunk in chunks])
+                    buffer.values[slot] = values.view(args.num_steps + 1, args.num_envs)
+                buffer.advantages[slots, :-1], buffer.returns[slots, :-1] = compute_gae(
+                    agent.scale_rewards(buffer.rewards[slots, :-1]),
+                    buffer.values[slots],
+                    buffer.terminated[slots, :-1],
+                    buffer.dones[slots, :-1],
+                    args.gamma,
+                    args.gae_lambda,
+                )
 
         # Update
         b_obs = buffer.obs.flatten(0, 2)
@@ -861,11 +873,13 @@ if __name__ == "__main__":
                     losses["losses/entropy"] = entropy_loss
                     metrics.append(torch.stack(list(losses.values())))
 
-        # Statistics change only now, so that the first minibatch after a rollout has a log-ratio of 0
+        # Statistics change only now: the policy that acted on them must still be the one that the update starts from
         if not frozen:
-            newest = buffer.slot, slice(0, -1)
             agent.update_statistics(
-                buffer.obs[newest], buffer.rewards[newest], buffer.dones[newest], buffer.valid[newest]
+                buffer.obs[buffer.slot, :-1],
+                buffer.rewards[buffer.slot, :-1],
+                buffer.dones[buffer.slot, :-1],
+                buffer.valid[buffer.slot, :-1],
             )
 
         # Logging
