@@ -202,7 +202,7 @@ class ContinuousArgs(Args):
     total_timesteps: int = 1_000_000
     num_envs: int = 8
     num_steps: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     update_epochs: int = 10
     num_minibatches: int = 8
     ent_coef: float = 0.0
