@@ -144,16 +144,24 @@ def test_atari_life_loss_ends_the_return_but_not_the_game(monkeypatch, tmp_path)
     assert buffer.terminated[0, :-1].sum().item() == pytest.approx((~buffer.valid[0, :-1]).sum().item(), abs=4)
 
 
-def test_atari_logs_true_scores(monkeypatch, tmp_path):
-    """A brick of Breakout's upper rows pays up to 7; a return of the whole game counts all of it."""
-    flags = "--env-id ALE/Breakout-v5 --num-envs 8 --num-steps 256 --num-minibatches 8 --update-epochs 1".split()
-    buffer = run(load("gipo_atari"), monkeypatch, tmp_path, [*flags, "--total-timesteps", "2048"]).buffer
+def test_atari_stores_true_rewards_and_logs_true_scores(monkeypatch, tmp_path):
+    """MsPacman's pellets pay 10; a game of Breakout is scored whole, however many lives it took."""
+    flags = "--num-envs 8 --num-minibatches 8 --update-epochs 1".split()
+    (tmp_path / "pellets").mkdir()
+    argv = [*flags, *"--env-id ALE/MsPacman-v5 --num-steps 64 --total-timesteps 512".split()]
+    end = run(load("gipo_atari"), monkeypatch, tmp_path / "pellets", argv)
+    assert end.buffer.rewards.max() >= 10
+    assert end.agent.scale_rewards(end.buffer.rewards).max() == 1
+
+    (tmp_path / "games").mkdir()
+    argv = [*flags, *"--env-id ALE/Breakout-v5 --num-steps 256 --total-timesteps 2048".split()]
+    buffer = run(load("gipo_atari"), monkeypatch, tmp_path / "games", argv).buffer
     rewards, valid = buffer.rewards[0, :-1], buffer.valid[0, :-1]
     games = []
     for column, column_valid in zip(rewards.T, valid.T, strict=True):
         ends = (~column_valid).nonzero().flatten().tolist()
         games += [column[start:end].sum().item() for start, end in zip([0, *ends], ends, strict=False)]
-    ((_, logged),) = scalars(tmp_path)["charts/episodic_return"]
+    ((_, logged),) = scalars(tmp_path / "games")["charts/episodic_return"]
     assert logged == pytest.approx(np.mean(games))
     assert logged > 0
 
