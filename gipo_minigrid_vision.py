@@ -11,7 +11,7 @@ instead of cutting off, and w * r stays below exp(sigma^2 / 2). (Lu et al. 2026,
     tensorboard --logdir runs
 
 `diff ppo_baseline.py gipo_minigrid_vision.py` shows the loss, and the two domains that the baseline serves besides.
-From `if __name__ == "__main__":` to the end all four scripts are identical.
+From `__main__` down all four scripts are identical.
 """
 
 # /// script
