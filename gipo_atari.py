@@ -10,8 +10,8 @@ instead of cutting off, and w * r stays below exp(sigma^2 / 2). (Lu et al. 2026,
     python gipo_atari.py --env-id ALE/Pong-v5 --sticky-actions 0
     tensorboard --logdir runs
 
-`diff ppo_baseline.py gipo_atari.py` shows the loss, and the two domains that the baseline serves besides. From `__main__`
-down all four scripts are identical.
+`diff ppo_baseline.py gipo_atari.py` shows the loss, and the two domains that the baseline serves besides.
+From `__main__` down all four scripts are identical.
 """
 
 # /// script

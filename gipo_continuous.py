@@ -11,8 +11,8 @@ r is the joint ratio of all action dimensions, so sigma is in units of the joint
     python gipo_continuous.py --env-id Meta-World/reach-v3
     tensorboard --logdir runs
 
-`diff ppo_baseline.py gipo_continuous.py` shows the loss, and the two domains that the baseline serves besides. From `__main__`
-down all four scripts are identical.
+`diff ppo_baseline.py gipo_continuous.py` shows the loss, and the two domains that the baseline serves besides.
+From `__main__` down all four scripts are identical.
 """
 
 # /// script

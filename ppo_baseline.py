@@ -9,8 +9,8 @@ mu is the policy that collected the sample; --surrogate picks another loss in th
     python ppo_baseline.py minigrid --surrogate tis
     tensorboard --logdir runs
 
-`diff ppo_baseline.py gipo_atari.py` shows the loss, and the two domains that this baseline serves besides. From `__main__`
-down all four scripts are identical.
+`diff ppo_baseline.py gipo_atari.py` shows the loss, and the two domains that this baseline serves besides.
+From `__main__` down all four scripts are identical.
 """
 
 # /// script
