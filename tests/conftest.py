@@ -1,4 +1,8 @@
-"""One profile for the property-based tests: the same examples in every run, and no limit on the time of one."""
+"""One thread, which is fastest for networks this small, and the same examples in every run of a property-based test."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the scripts that tests start
 
 import hypothesis
 
