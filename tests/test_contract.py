@@ -137,7 +137,7 @@ def test_no_script_imports_ours():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_metadata_agrees_with_the_requirements_and_the_imports(name):
-    scripts, _ = (ROOT / "requirements.txt").read_text().split("# the tests\n")
+    scripts, _ = (ROOT / "requirements.txt").read_text().split("# the tests and the analysis\n")
     pins = {r.name: r for r in map(Requirement, scripts.split("\n")[1:-2])}
     metadata = script_metadata(name)
     assert metadata["requires-python"] == ">=3.11"
