@@ -8,6 +8,7 @@ instead of cutting off, and w * r stays below exp(sigma^2 / 2). (Lu et al. 2026,
     python gipo_minigrid_vision.py                                # fetch the object that the mission names
     python gipo_minigrid_vision.py --buffer-epochs 8              # learn from the last 8 rollouts
     python gipo_minigrid_vision.py --env-id MiniGrid-GoToDoor-5x5-v0
+    python gipo_minigrid_vision.py --resume runs/RUN              # or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
 `diff ppo_baseline.py gipo_minigrid_vision.py` shows the loss, and the two domains that the baseline serves besides.
@@ -19,6 +20,7 @@ From `__main__` down all four scripts are identical.
 # dependencies = [
 #     "gymnasium>=1.4,<2",
 #     "minigrid>=3.2,<4",
+#     "moviepy>=2.2,<3",
 #     "numpy>=2,<3",
 #     "tensorboard>=2.21",
 #     "torch>=2.13,<3",
@@ -28,18 +30,21 @@ From `__main__` down all four scripts are identical.
 # ]
 # ///
 
+import argparse
 import contextlib
 import copy
 import difflib
 import importlib
 import math
+import os
 import random
 import re
+import signal
 import sys
 import time
+import zipfile
 from collections import deque
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -60,6 +65,7 @@ from tqdm import tqdm
 
 # ------------------------------------------------------- Flags --------------------------------------------------------
 RANDOM_STEPS = 64  # per environment, before the first rollout, to start the statistics from
+EVAL_SEED = 1_000_000  # added to the seed, for episodes that training has not seen
 
 
 class BadInput(ValueError):
@@ -73,19 +79,23 @@ def require(condition: bool, message: str):
 
 
 @dataclass(kw_only=True)
-class Args:
-    """The flags that every domain has; those without a default here get one in the domain's own subclass below."""
+class RunArgs:
+    """The flags that --resume may change; those without a default here get one in the domain's own subclass below."""
 
-    env_id: str
-    """environment id, or module:id for one that an importable module of yours registers"""
     total_timesteps: int
     """environment steps in all, summed over the parallel environments (1e5 to 1e7)"""
-    seed: int = 1
-    """seed of python, numpy, torch and the environments"""
+    checkpoint_interval: int
+    """iterations between checkpoints, each of which overwrites the last (10 to 500); 0 saves at the end alone"""
+    resume: Path | None = None
+    """go on with the run in this folder, or with its checkpoint; the other flags then come from there"""
+    evaluate: Path | None = None
+    """do not train, but play --eval-episodes with the agent of this run's folder or checkpoint"""
+    eval_episodes: int = 10
+    """full episodes to play with the trained agent, on fresh environments (10 to 100); 0 plays none"""
+    capture_video: bool = False
+    """record the first of these episodes as an mp4 in the run's folder"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where network and replay buffer live; auto takes CUDA if there is one"""
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the name of the run's folder"""
     track: bool = False
     """log to Weights and Biases as well"""
     wandb_project_name: str = "gipo"
@@ -94,6 +104,18 @@ class Args:
     """Weights and Biases team; none is your default one"""
     wandb_mode: Literal["online", "offline", "disabled"] = "online"
     """offline writes to ./wandb for a later `wandb sync`"""
+
+
+@dataclass(kw_only=True)
+class Args(RunArgs):
+    """The flags that say what a run is; the rest as above."""
+
+    env_id: str
+    """environment id, or module:id for one that an importable module of yours registers"""
+    seed: int = 1
+    """seed of python, numpy, torch and the environments"""
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the name of the run's folder"""
 
     num_envs: int
     """parallel environments N (4 to 64)"""
@@ -140,20 +162,19 @@ class Args:
 
         rollout = f"one rollout (--num-steps x --num-envs = {self.batch_size})"
         check("seed", 0 <= self.seed <= 2_000_000_000, "a number from 0 to 2000000000")
-        check("num-envs", self.num_envs >= 1, "1 or more")
-        check("num-steps", self.num_steps >= 2, "2 or more, for a single row can be all resets")
+        at_least = {"num-envs": 1, "num-steps": 2, "update-epochs": 1, "buffer-epochs": 1, "policy-lag": 0}
+        at_least |= {"checkpoint-interval": 0, "eval-episodes": 0, "ent-coef": 0, "vf-coef": 0}
+        for flag, low in at_least.items():
+            check(flag, low <= getattr(self, flag.replace("-", "_")) < math.inf, f"a number of {low} or more")
         check("total-timesteps", self.total_timesteps >= self.batch_size, f"at least {rollout}")
+        check("evaluate", not (self.evaluate and self.resume), "either this or --resume")
+        check("eval-episodes", self.eval_episodes or not (self.evaluate or self.capture_video), "1 or more")
         check("learning-rate", 0 < self.learning_rate <= 1, "a number above 0, 1 at most")
         check("gamma", 0 <= self.gamma <= 1, "a number from 0 to 1")
         check("gae-lambda", 0 <= self.gae_lambda <= 1, "a number from 0 to 1")
-        check("update-epochs", self.update_epochs >= 1, "1 or more")
         divides = self.num_minibatches >= 1 and self.batch_size % self.num_minibatches == 0
         check("num-minibatches", divides and self.minibatch_size > 1, f"a divisor of {rollout}, 2 or more left each")
-        check("ent-coef", 0 <= self.ent_coef < math.inf, "a number of 0 or more")
-        check("vf-coef", 0 <= self.vf_coef < math.inf, "a number of 0 or more")
         check("max-grad-norm", 0 < self.max_grad_norm < math.inf, "a number above 0")
-        check("buffer-epochs", self.buffer_epochs >= 1, "1 or more")
-        check("policy-lag", self.policy_lag >= 0, "0 or more")
         in_run = self.freeze_buffer_at is None or self.batch_size <= self.freeze_buffer_at < self.total_timesteps
         check("freeze-buffer-at", in_run, f"at least {rollout}, so that there is data, and less than --total-timesteps")
         check("device", self.device != "cuda" or torch.cuda.is_available(), "cpu, for torch finds no CUDA device here")
@@ -196,13 +217,17 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2), bias_const: float = 
     return layer
 
 
+def to_tensor(array, device: torch.device) -> torch.Tensor:
+    """An array of the environment on the device: bytes and truth values as they are, numbers as float32."""
+    tensor = torch.as_tensor(array)
+    return tensor.to(device, tensor.dtype if tensor.dtype in (torch.uint8, torch.bool) else torch.float32)
+
+
 # -------------------------------------------------- MiniGrid vision ---------------------------------------------------
 # every word that a mission of minigrid 3.2 or its BabyAI levels can have; 0 is padding
-VOCABULARY = """
-    a after and at avoid ball behind blue box door end fetch find from front get go goal green grey hallway in
-    key lava left matching maze must near next object of on open opening pick purple put reach red right room
-    rooms square the then to traverse unlock up use yellow you your
-""".split()
+VOCABULARY = """a after and at avoid ball behind blue box door end fetch find from front get go goal green grey
+    hallway in key lava left matching maze must near next object of on open opening pick purple put
+    reach red right room rooms square the then to traverse unlock up use yellow you your""".split()
 WORD_IDS = {word: i for i, word in enumerate(VOCABULARY, start=1)}
 MAX_WORDS = 40  # a few of BabyAI's longest missions lose their end
 TILE = 8
@@ -221,6 +246,7 @@ class MinigridArgs(Args):
 
     env_id: str = "MiniGrid-Fetch-5x5-N2-v0"
     total_timesteps: int = 150_000
+    checkpoint_interval: int = 100
     num_envs: int = 16
     num_steps: int = 64
     learning_rate: float = 1e-3
@@ -232,10 +258,8 @@ class MinigridArgs(Args):
 @cache
 def render_tile(kind: int, color: int, state: int, agent_here: bool) -> np.ndarray:
     """Pixels (8, 8, 3) of one cell of the agent's view; drawing is slow, so each kind of tile is drawn once."""
-    visible = kind != OBJECT_TO_IDX["unseen"]
-    return Grid.render_tile(
-        WorldObj.decode(kind, color, state), agent_dir=3 if agent_here else None, highlight=visible, tile_size=TILE
-    )
+    tile, visible = WorldObj.decode(kind, color, state), kind != OBJECT_TO_IDX["unseen"]
+    return Grid.render_tile(tile, agent_dir=3 if agent_here else None, highlight=visible, tile_size=TILE)
 
 
 class PixelsAndWords(gym.Wrapper):
@@ -243,8 +267,7 @@ class PixelsAndWords(gym.Wrapper):
 
     def __init__(self, env: gym.Env, env_id: str):
         super().__init__(env)
-        names = [name for name in ACTIONS if env_id.startswith(name)]
-        self.actions = ACTIONS[names[0]] if names else tuple(Actions)
+        self.actions = next((ACTIONS[task] for task in ACTIONS if env_id.startswith(task)), tuple(Actions))
         self.action_space = gym.spaces.Discrete(len(self.actions))
         self.observation_space = gym.spaces.Box(0, 255, (PIXELS + MAX_WORDS,), np.uint8)
 
@@ -273,23 +296,19 @@ class PixelsAndWords(gym.Wrapper):
         return self.pack(obs), reward, terminated, truncated, info
 
 
-def make_minigrid_envs(args: MinigridArgs) -> gym.vector.VectorEnv:
+def make_minigrid_envs(args: MinigridArgs, **render) -> gym.vector.VectorEnv:
     """Vector of grid worlds with observations (9448,) uint8; `BadInput` if the id does not fit."""
     spec = load_spec(args.env_id)
 
     def make_env():
-        env = gym.make(spec, disable_env_checker=True)
+        env = gym.make(spec, disable_env_checker=True, **render)
         space = env.observation_space
-        require(
-            isinstance(space, gym.spaces.Dict)
-            and {"image", "mission"} <= space.keys()
-            and space["image"].shape == (7, 7, 3),
-            f"observations must be MiniGrid's 7 x 7 view and mission, not {space}; try MiniGrid-Fetch-5x5-N2-v0.",
-        )
+        shapes = {key: part.shape for key, part in space.items()} if isinstance(space, gym.spaces.Dict) else {}
+        rule = f"observations must be MiniGrid's 7 x 7 view and mission, not {space}; try MiniGrid-Fetch-5x5-N2-v0."
+        require("mission" in shapes and shapes.get("image") == (7, 7, 3), rule)
         return PixelsAndWords(env, spec.id)
 
-    envs = gym.vector.SyncVectorEnv([make_env] * args.num_envs)
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
+    return gym.wrappers.vector.RecordEpisodeStatistics(gym.vector.SyncVectorEnv([make_env] * args.num_envs))
 
 
 class MinigridAgent(nn.Module):
@@ -332,7 +351,7 @@ class MinigridAgent(nn.Module):
 
 
 # ----------------------------------------------------- Algorithm ------------------------------------------------------
-class ReplayBuffer:
+class ReplayBuffer(nn.Module):
     """The last K rollouts of T x N transitions, oldest overwritten first; K = 1 is PPO's storage exactly.
 
     Tensors are (K, T + 1, N, ...). The next observation of row t is row t + 1, so row T holds nothing but the last
@@ -345,29 +364,26 @@ class ReplayBuffer:
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
         obs_dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
         action_dtype = torch.float32 if isinstance(action_space, gym.spaces.Box) else torch.int64
-        self.obs = torch.zeros(shape + obs_space.shape, dtype=obs_dtype, device=device)
-        self.actions = torch.zeros(shape + action_space.shape, dtype=action_dtype, device=device)
-        self.logprobs = torch.zeros(shape, device=device)
-        self.rewards = torch.zeros(shape, device=device)
-        self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.dones = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.valid = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.values = torch.zeros(shape, device=device)
-        self.advantages = torch.zeros(shape, device=device)
-        self.returns = torch.zeros(shape, device=device)
-        self.versions = deque(maxlen=args.buffer_epochs)  # iteration of the policy that acted, by rollout
-        self.slot = -1  # index of the newest rollout
+        super().__init__()
+        self.obs = nn.Buffer(torch.zeros(shape + obs_space.shape, dtype=obs_dtype, device=device))
+        self.actions = nn.Buffer(torch.zeros(shape + action_space.shape, dtype=action_dtype, device=device))
+        for name in ("logprobs", "rewards", "values", "advantages", "returns"):
+            self.register_buffer(name, torch.zeros(shape, device=device))
+        for name in ("terminated", "dones", "valid"):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.bool, device=device))
+        self.versions = nn.Buffer(torch.full(shape[:1], -1))  # iteration of the policy that acted, -1 for no rollout
+        self.slot = nn.Buffer(torch.tensor(-1))  # index of the newest rollout
 
     def start(self, obs, version: int):
         """Overwrite the oldest rollout by a new one, which begins with `obs` and is acted by policy `version`."""
         self.slot = (self.slot + 1) % len(self.obs)
-        self.versions.append(version)
+        self.versions[self.slot] = version
         self.obs[self.slot, 0] = obs
 
     def store(self, step: int, next_obs, **transition):
-        """Write row `step` of the newest rollout, and the observation that follows it."""
+        """Write row `step` of the newest rollout, and the observation that follows it; arrays or tensors."""
         for name, value in transition.items():
-            getattr(self, name)[self.slot, step] = value
+            getattr(self, name)[self.slot, step] = torch.as_tensor(value)
         self.obs[self.slot, step + 1] = next_obs
 
     def sample(self, n: int) -> torch.Tensor:
@@ -419,17 +435,152 @@ def diagnostics(logratio, coef) -> dict[str, torch.Tensor]:
     }
 
 
+# --------------------------------------------- Checkpoints, evaluation -----------------------------------------------
+CHECKPOINT = "checkpoint.pt"  # in the run's folder
+
+
+@contextlib.contextmanager
+def one_sentence(code: int, prefix: str = ""):
+    """Print what is wrong and exit, without a traceback: 2 for a mistake of the user, 1 for what happens in a run."""
+    try:
+        yield
+    except (BadInput, gym.error.Error, ImportError, OSError) as error:
+        print(f"error: {prefix}{error}", file=sys.stderr)
+        sys.exit(code)
+
+
+def save_checkpoint(path: Path, iteration: int, args: Args, agent, optimizer, buffer, snapshots):
+    """Save all that it takes to go on with `iteration`, beside the old file and renamed: no crash leaves half a one."""
+    _, numpy_keys, numpy_position, *_ = np.random.get_state()
+    checkpoint = {
+        "domain": type(args).__name__,
+        "args": {name: value for name, value in vars(args).items() if name not in ("device", "resume", "evaluate")},
+        "iteration": iteration,
+        "agent": agent.state_dict(),
+        "optimizer": optimizer.state_dict()["state"],
+        "buffer": buffer.state_dict(),
+        "snapshots": [(version, weights) for version, weights in snapshots if version >= iteration - args.policy_lag],
+        "python": torch.tensor(random.getstate()[1]),
+        "numpy": torch.tensor([*numpy_keys.tolist(), numpy_position]),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+    with path.with_suffix(".tmp").open("wb", buffering=0) as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch has no clearer word for a disk that is full
+            raise OSError(f"{path} cannot be written ({error})") from None
+        os.fsync(file.fileno())
+    path.with_suffix(".tmp").replace(path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint, from a run's folder or by its own path, and run no code in it; `BadInput` if it is damaged."""
+    path = path / CHECKPOINT if path.is_dir() else path
+    try:
+        with zipfile.ZipFile(path) as archive:
+            require(archive.testzip() is None, "wrong checksum")  # torch would read flipped bits without complaint
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damage shows in many ways
+        raise BadInput(f"{path} is missing, damaged or no checkpoint ({type(error).__name__}).") from None
+
+
+def restore(checkpoint: dict, agent, optimizer, buffer, snapshots) -> int:
+    """Put back what `save_checkpoint` saved, and return the iteration to go on with; `BadInput` if it does not fit."""
+    try:
+        snapshots.extend(checkpoint["snapshots"])
+        for weights in [*(weights for _, weights in snapshots), checkpoint["agent"]]:
+            agent.load_state_dict(weights)  # the older ones only to see that they fit
+        buffer.load_state_dict(checkpoint["buffer"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
+        for param in agent.parameters():
+            shapes = {optimizer.state[param][moment].shape for moment in ("exp_avg", "exp_avg_sq")}
+            require(shapes == {param.shape}, "the shape of an optimizer's moment")
+        random.setstate((3, tuple(checkpoint["python"].tolist()), None))
+        *numpy_keys, numpy_position = checkpoint["numpy"].tolist()
+        np.random.set_state(("MT19937", numpy_keys, numpy_position))
+        torch.set_rng_state(checkpoint["torch"])
+        if len(checkpoint["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(checkpoint["cuda"])
+        return int(checkpoint["iteration"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"the checkpoint does not fit this environment ({str(error).splitlines()[0]}).") from None
+
+
+def evaluate(make_envs, agent, args: Args, device, video: Path) -> dict[str, float]:
+    """Play full episodes with fixed weights on environments of a seed of their own, print and return a summary.
+
+    Each environment plays a share that is fixed beforehand: to take whichever episodes end first would favor short
+    ones. Actions are sampled, and the generators of the training are left as they were.
+    """
+    fresh = copy.copy(args)
+    fresh.seed += EVAL_SEED
+    envs = make_envs(fresh, **({"render_mode": "rgb_array"} if args.capture_video else {}))
+    share = args.eval_episodes // args.num_envs + (np.arange(args.num_envs) < args.eval_episodes % args.num_envs)
+    first_share, frames, success = share[0], [], np.zeros(args.num_envs, dtype=bool)
+    played = {"eval/episodic_return": [], "eval/episodic_length": [], "eval/success_rate": []}
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(fresh.seed)
+        obs, _ = envs.reset(seed=fresh.seed)
+        while share.any():
+            if args.capture_video and share[0] == first_share:
+                frames.append(envs.render()[0])
+            action, _, _, _ = agent.get_action_and_value(to_tensor(obs, device))
+            obs, _, _, _, infos = envs.step(action.cpu().numpy())
+            success |= infos.get("success", success) > 0
+            if "episode" in infos:
+                counted = infos["_episode"] & (share > 0)
+                share -= counted
+                played["eval/episodic_return"].extend(infos["episode"]["r"][counted])
+                played["eval/episodic_length"].extend(infos["episode"]["l"][counted])
+                played["eval/success_rate"].extend(success[counted] if "success" in infos else [])
+                success[infos["_episode"]] = False
+    envs.close()
+    if frames:
+        from moviepy import ImageSequenceClip  # slow to import, so only here
+
+        ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30)).write_videofile(str(video), logger=None)
+    returns, means = played["eval/episodic_return"], {tag: np.mean(values) for tag, values in played.items() if values}
+    spread = f"standard deviation {np.std(returns):.6g}, min {np.min(returns):.6g}, max {np.max(returns):.6g}"
+    print(f"{len(returns)} episodes: {spread}, {', '.join(f'{tag[5:]} {mean:.6g}' for tag, mean in means.items())}")
+    return means
+
+
 # ---------------------------------------------------- Command line ----------------------------------------------------
 DOMAINS = {MinigridArgs: (make_minigrid_envs, MinigridAgent)}
 
 
-def parse_args() -> Args:
-    """Read the command line; a mistake prints one sentence and exits with 2."""
-    return tyro.cli(MinigridArgs, description=__doc__)
+def parse_flags(**default) -> Args:
+    """The command line over the domain's defaults, or over those of `default=`; a mistake exits with 2."""
+    return tyro.cli(MinigridArgs, description=__doc__, **default)
+
+
+def parse_args() -> tuple[Args, dict | None]:
+    """Flags, and the checkpoint that --resume or --evaluate names, whose flags then hold; a mistake exits with 2."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--evaluate", type=Path)
+    given, _ = parser.parse_known_args()
+    path = given.resume or given.evaluate
+    # a run that was killed before its first checkpoint starts afresh
+    if not path or (given.resume and any(path.glob("events.out.tfevents.*")) and not (path / CHECKPOINT).exists()):
+        return parse_flags(), None
+    checkpoint = load_checkpoint(path)
+    try:
+        saved = {domain.__name__: domain for domain in DOMAINS}[checkpoint["domain"]](**checkpoint["args"])
+    except (KeyError, TypeError):
+        raise BadInput(f"{path} is no checkpoint of this script; give one that it wrote.") from None
+    args = parse_flags(default=saved)
+    for name, value in vars(saved).items():
+        flag, new = name.replace("_", "-"), getattr(args, name, None)
+        rule = f"--{flag} {new}: {path} was run with {value}; leave the flag out, or start a new run."
+        require(new == value or name in RunArgs.__annotations__, rule)
+    return args, checkpoint
 
 
 if __name__ == "__main__":
-    args = parse_args()
+    with one_sentence(2):
+        args, checkpoint = parse_args()
     make_envs, Agent = DOMAINS[type(args)]
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -437,65 +588,72 @@ if __name__ == "__main__":
     torch.backends.cudnn.deterministic = True  # one seed, one result on a GPU too
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
-    try:
+    with one_sentence(2, f"--env-id {args.env_id}: "):
         envs = make_envs(args)
         envs.reset(seed=args.seed)
-    except (BadInput, gym.error.Error, ImportError) as error:
-        print(f"error: --env-id {args.env_id}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-    # down to the microsecond, for runs that start together must not share a folder
-    run_name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    if args.track:
-        try:
-            import wandb
-
-            wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                mode=args.wandb_mode,
-                sync_tensorboard=True,
-                config=vars(args),
-                name=run_name,
-            )
-        except Exception as error:  # tracking must not cost a run
-            print(f"warning: the run goes on without Weights and Biases: {error}", file=sys.stderr)
-    writer = SummaryWriter(f"runs/{run_name}")
-    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
     agent = Agent(envs, args).to(device)
     actor = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     buffer = ReplayBuffer(envs, args, device)
     snapshots = deque(maxlen=args.policy_lag + 1)
+    with one_sentence(2):
+        first_iteration = restore(checkpoint, agent, optimizer, buffer, snapshots) if checkpoint else 0
+    global_step = first_iteration * args.batch_size
 
-    def to_device(array, dtype=torch.float32):
-        return torch.as_tensor(array, dtype=dtype, device=device)
+    # in nanoseconds, for runs that start together must not share a folder
+    run_name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+    folder = args.resume or args.evaluate or Path("runs", run_name)
+    folder = folder.parent if folder.is_file() else folder
+    if args.evaluate:
+        evaluate(make_envs, agent, args, device, folder / f"{global_step}.mp4")
+        sys.exit()
+    if args.track:
+        try:
+            import wandb
+
+            place = {"project": args.wandb_project_name, "entity": args.wandb_entity, "mode": args.wandb_mode}
+            name = {"name": folder.name, "id": folder.name, "resume": "allow"}
+            wandb.init(**place, **name, sync_tensorboard=True, config=vars(args))
+        except Exception as error:  # tracking must not cost a run
+            print(f"warning: the run goes on without Weights and Biases: {error}", file=sys.stderr)
+    with one_sentence(2):
+        # what was logged after the checkpoint will be logged again
+        writer = SummaryWriter(folder, purge_step=global_step + 1 if checkpoint else 0)
+    if checkpoint:
+        print(f"{folder}: resumed after step {global_step}")
+    else:
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
     # Statistics start from a few random steps, which are neither counted nor learned from
     envs.action_space.seed(args.seed)
     next_valid = np.ones(args.num_envs, dtype=bool)
-    for step in range(RANDOM_STEPS):
+    for step in range(0 if checkpoint else RANDOM_STEPS):
         next_obs, reward, terminations, truncations, _ = envs.step(envs.action_space.sample())
         done = terminations | truncations | (step == RANDOM_STEPS - 1)  # the run itself starts with a reset
-        agent.update_statistics(
-            to_device(next_obs).unsqueeze(0),
-            to_device(reward).unsqueeze(0),
-            to_device(done, torch.bool).unsqueeze(0),
-            to_device(next_valid, torch.bool).unsqueeze(0),
-        )
+        row = (next_obs, reward, done, next_valid)
+        agent.update_statistics(*(to_tensor(array, device).unsqueeze(0) for array in row))
         next_valid = ~done
 
-    global_step = 0
-    start_time = time.time()
-    next_obs = to_device(envs.reset(seed=args.seed)[0], buffer.obs.dtype)
+    stops = []
+
+    def stop_after_iteration(signum, _):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C aborts at once
+        stops.append(signum)
+
+    signal.signal(signal.SIGINT, stop_after_iteration)
+    signal.signal(signal.SIGTERM, stop_after_iteration)
+
+    start_time, start_step = time.time(), global_step
+    # a resumed run starts its episodes anew, with seeds that no earlier part of it began with
+    next_obs = to_tensor(envs.reset(seed=args.seed + args.num_envs * first_iteration)[0], device)
     next_valid = np.ones(args.num_envs, dtype=bool)
     success = np.zeros(args.num_envs, dtype=bool)
     num_iterations = args.total_timesteps // args.batch_size
-    progress = tqdm(total=num_iterations * args.batch_size, unit="step", unit_scale=True)
+    progress = tqdm(total=num_iterations * args.batch_size, initial=global_step, unit="step", unit_scale=True)
 
-    for iteration in range(num_iterations):
+    for iteration in range(first_iteration, num_iterations):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
         snapshots.append((iteration, copy.deepcopy(agent.state_dict())))
@@ -511,47 +669,35 @@ if __name__ == "__main__":
             with torch.no_grad():
                 action, logprob, _, _ = actor.get_action_and_value(next_obs)
             next_obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())
-            next_obs = to_device(next_obs, buffer.obs.dtype)
+            next_obs = to_tensor(next_obs, device)
             valid, next_valid = next_valid, ~(terminations | truncations)
             if not frozen:
                 # a lost life ends the return like a death, but the game goes on: no autoreset follows
                 terminated = terminations | infos.get("life_lost", False)
-                buffer.store(
-                    step,
-                    next_obs,
-                    actions=action,
-                    logprobs=logprob,
-                    rewards=to_device(reward),
-                    terminated=to_device(terminated, torch.bool),
-                    dones=to_device(terminated | truncations, torch.bool),
-                    valid=to_device(valid, torch.bool),
-                )
+                transition = {"actions": action, "logprobs": logprob, "rewards": reward, "terminated": terminated}
+                buffer.store(step, next_obs, **transition, dones=terminated | truncations, valid=valid)
             success |= infos.get("success", success) > 0
             if "episode" in infos:
                 finished = infos["_episode"]
                 episodes["charts/episodic_return"].extend(infos["episode"]["r"][finished])
                 episodes["charts/episodic_length"].extend(infos["episode"]["l"][finished])
-                if "success" in infos:
-                    episodes["charts/success_rate"].extend(success[finished])
+                episodes["charts/success_rate"].extend(success[finished] if "success" in infos else [])
                 success[finished] = False
         global_step += args.batch_size
 
         # Advantages
         recompute = args.advantage_source == "recompute"
         if recompute or not frozen:
-            slots = list(range(len(buffer.versions))) if recompute else [buffer.slot]
+            slots = (buffer.versions >= 0).nonzero().flatten().tolist() if recompute else [buffer.slot.item()]
             with torch.no_grad():
                 for slot in slots:
                     chunks = buffer.obs[slot].flatten(0, 1).split(args.minibatch_size)
                     values = torch.cat([agent.get_value(chunk) for chunk in chunks])
                     buffer.values[slot] = values.view(args.num_steps + 1, args.num_envs)
+                rewards, values = agent.scale_rewards(buffer.rewards[slots, :-1]), buffer.values[slots]
+                terminated, dones = buffer.terminated[slots, :-1], buffer.dones[slots, :-1]
                 buffer.advantages[slots, :-1], buffer.returns[slots, :-1] = compute_gae(
-                    agent.scale_rewards(buffer.rewards[slots, :-1]),
-                    buffer.values[slots],
-                    buffer.terminated[slots, :-1],
-                    buffer.dones[slots, :-1],
-                    args.gamma,
-                    args.gae_lambda,
+                    rewards, values, terminated, dones, args.gamma, args.gae_lambda
                 )
 
         # Update
@@ -560,7 +706,6 @@ if __name__ == "__main__":
         b_logprobs = buffer.logprobs.flatten()
         b_advantages = buffer.advantages.flatten()
         b_returns = buffer.returns.flatten()
-        b_values = buffer.values.flatten()
         metrics = []
         for _ in range(args.update_epochs):
             b_inds = buffer.sample(args.batch_size)
@@ -581,42 +726,51 @@ if __name__ == "__main__":
                 loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
 
                 with torch.no_grad():
                     losses = diagnostics(logratio, coef)
-                    losses["losses/policy_loss"] = pg_loss
-                    losses["losses/value_loss"] = v_loss
-                    losses["losses/entropy"] = entropy_loss
+                    losses |= {"losses/policy_loss": pg_loss, "losses/value_loss": v_loss}
+                    losses |= {"losses/entropy": entropy_loss, "losses/grad_norm": grad_norm}
                     metrics.append(torch.stack(list(losses.values())))
 
         # Statistics change only now: the policy that acted on them must still be the one that the update starts from
         if not frozen:
-            agent.update_statistics(
-                buffer.obs[buffer.slot, :-1],
-                buffer.rewards[buffer.slot, :-1],
-                buffer.dones[buffer.slot, :-1],
-                buffer.valid[buffer.slot, :-1],
-            )
+            newest = (buffer.obs, buffer.rewards, buffer.dones, buffer.valid)
+            agent.update_statistics(*(rollouts[buffer.slot, :-1] for rollouts in newest))
 
         # Logging
-        y_pred, y_true = b_values[b_inds], b_returns[b_inds]
+        y_pred, y_true = buffer.values.flatten()[b_inds], b_returns[b_inds]
         explained_var = 1 - (y_true - y_pred).var() / y_true.var().clamp(min=1e-8)
         means = torch.cat([torch.stack(metrics).mean(0), explained_var.unsqueeze(0)])
         scalars = dict(zip([*losses, "losses/explained_variance"], means.tolist(), strict=True))
         scalars |= {tag: np.mean(values) for tag, values in episodes.items() if values}
-        ages = [iteration - version for version in buffer.versions]
-        scalars["offpolicy/age_mean"] = np.mean(ages)
-        scalars["offpolicy/age_max"] = np.max(ages)
+        ages = iteration - buffer.versions[buffer.versions >= 0]
+        scalars |= {"offpolicy/age_mean": ages.float().mean().item(), "offpolicy/age_max": ages.max().item()}
         scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        scalars["charts/SPS"] = int(global_step / (time.time() - start_time))
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, global_step)
+        scalars["charts/SPS"] = int((global_step - start_step) / (time.time() - start_time))
         progress.update(args.batch_size)
         if episodes["charts/episodic_return"]:
             progress.set_postfix({"return": f"{scalars['charts/episodic_return']:.1f}"})
+        interval_over = args.checkpoint_interval and (iteration + 1) % args.checkpoint_interval == 0
+        with one_sentence(1, f"the run stops, {folder} keeps its last checkpoint: "):
+            require(all(map(math.isfinite, scalars.values())), f"loss or gradient not finite in iteration {iteration}")
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, global_step)
+            if interval_over or stops or iteration + 1 == num_iterations:
+                writer.flush()  # before the checkpoint, which must not be ahead of the log
+                save_checkpoint(folder / CHECKPOINT, iteration + 1, args, agent, optimizer, buffer, snapshots)
+        if stops:
+            break
 
     progress.close()
     envs.close()
+    if stops:
+        writer.close()
+        print(f"stopped after step {global_step}; go on with --resume {folder}")
+        sys.exit(128 + stops[0])
+    if args.eval_episodes and global_step > start_step:
+        for tag, value in evaluate(make_envs, agent, args, device, folder / f"{global_step}.mp4").items():
+            writer.add_scalar(tag, value, global_step)
     writer.close()

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import itertools
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,17 +35,26 @@ def load(name: str) -> ModuleType:
 
 
 def run(module: ModuleType, monkeypatch, folder: Path, argv: list[str]) -> ModuleType:
-    """Runs the body of a loaded script in `folder` as if started with `argv`; its variables end up in the module."""
+    """Runs the body of a loaded script in `folder` as if started with `argv`; its variables end up in the module.
+
+    No evaluation follows unless argv asks for one.
+    """
+    argv = [*map(str, argv)]
+    if not {"--eval-episodes", "--evaluate"} & set(argv):
+        argv += ["--eval-episodes", "0"]
     body = ast.parse(Path(module.__file__).read_text())
     body.body = [node for node in body.body if isinstance(node, ast.If)]
-    monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *argv])
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     module.__name__ = "__main__"
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         exec(compile(body, module.__file__, "exec"), vars(module))
     finally:
         module.__name__ = module.__spec__.name
+        for number, handler in handlers:
+            signal.signal(number, handler)
     return module
 
 

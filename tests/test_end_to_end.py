@@ -20,6 +20,7 @@ TAGS = {
     "losses/approx_kl",
     "losses/clipfrac",
     "losses/explained_variance",
+    "losses/grad_norm",
     "offpolicy/age_mean",
     "offpolicy/age_max",
     "offpolicy/abs_logratio_p95",
@@ -40,7 +41,7 @@ CASES = [(name, argv, REAL[domain]) for (name, argv), domain in zip(ENTRIES, DOM
 def test_logs_every_tag(name, domain, flags, monkeypatch, tmp_path):
     argv = [*domain, *flags.split(), "--update-epochs", "1", "--buffer-epochs", "4", "--policy-lag", "1"]
     end = run(load(name), monkeypatch, tmp_path, argv)
-    assert len(end.buffer.versions) == 4 and end.iteration == 9  # more rollouts than slots
+    assert (end.buffer.versions >= 0).sum() == 4 and end.iteration == 9  # more rollouts than slots
     logged = scalars(tmp_path)
     assert logged.keys() - {"charts/success_rate"} == TAGS
     assert ("charts/success_rate" in logged) == (end.args.env_id.startswith("MiniGrid"))

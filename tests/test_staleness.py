@@ -21,7 +21,7 @@ def same(left: dict, right: dict) -> bool:
 def test_ages(epochs, lag, monkeypatch, tmp_path):
     argv = [*CLOCK, "--total-timesteps", 12 * ROLLOUT, "--buffer-epochs", epochs, "--policy-lag", lag]
     end = run(load("gipo_continuous"), monkeypatch, tmp_path, argv)
-    assert sorted(end.iteration - version for version in end.buffer.versions) == list(range(lag, lag + epochs))
+    assert sorted((end.iteration - end.buffer.versions).tolist()) == list(range(lag, lag + epochs))
     logged = scalars(tmp_path)
     assert logged["offpolicy/age_max"][-1] == (12 * ROLLOUT, lag + epochs - 1)
     assert logged["offpolicy/age_mean"][-1][1] == pytest.approx(lag + (epochs - 1) / 2)
@@ -61,7 +61,7 @@ def test_a_frozen_buffer_does_not_change(advantage_source, monkeypatch, tmp_path
     contents, states = [], []
 
     def spy(self, n):
-        contents.append({k: v.clone() for k, v in vars(self).items() if torch.is_tensor(v)})
+        contents.append({name: tensor.clone() for name, tensor in self.state_dict().items()})
         states.append({k: v.clone() for k, v in module.agent.state_dict().items() if "stats" in k or "return" in k})
         return sample(self, n)
 
