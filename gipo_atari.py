@@ -80,13 +80,13 @@ class RunArgs:
     total_timesteps: int
     """environment steps in all, summed over the parallel environments (1e5 to 1e7)"""
     checkpoint_interval: int
-    """iterations between checkpoints, each of which overwrites the last (10 to 500); 0 saves at the end alone"""
+    """iterations between checkpoints, each of which replaces the last (10 to 500); 0 saves only when the run ends"""
     resume: Path | None = None
-    """go on with the run in this folder, or with its checkpoint; the other flags then come from there"""
+    """go on with the run in this folder, or with its checkpoint; all flags but --device then come from there"""
     evaluate: Path | None = None
     """do not train, but play --eval-episodes with the agent of this run's folder or checkpoint"""
     eval_episodes: int = 10
-    """full episodes to play with the trained agent, on fresh environments (10 to 100); 0 plays none"""
+    """full episodes to play with the trained agent, on fresh environments that end them (10 to 100); 0 plays none"""
     capture_video: bool = False
     """record the first of these episodes as an mp4 in the run's folder"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -448,7 +448,7 @@ def one_sentence(code: int, prefix: str = ""):
 
 
 def save_checkpoint(path: Path, iteration: int, args: Args, agent, optimizer, buffer, snapshots):
-    """Save all that it takes to go on with `iteration`, beside the old file and renamed: no crash leaves half a one."""
+    """Save what it takes to go on with `iteration`; beside the old file and renamed, so that no crash leaves a half."""
     _, numpy_keys, numpy_position, *_ = np.random.get_state()
     checkpoint = {
         "domain": type(args).__name__,
@@ -461,13 +461,14 @@ def save_checkpoint(path: Path, iteration: int, args: Args, agent, optimizer, bu
         "python": torch.tensor(random.getstate()[1]),
         "numpy": torch.tensor([*numpy_keys.tolist(), numpy_position]),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
-    with path.with_suffix(".tmp").open("wb", buffering=0) as file:
+    with path.with_suffix(".tmp").open("wb") as file:
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:  # torch has no clearer word for a disk that is full
             raise OSError(f"{path} cannot be written ({error})") from None
+        file.flush()
         os.fsync(file.fileno())
     path.with_suffix(".tmp").replace(path)
 
@@ -489,11 +490,10 @@ def restore(checkpoint: dict, agent, optimizer, buffer, snapshots) -> int:
         snapshots.extend(checkpoint["snapshots"])
         for weights in [*(weights for _, weights in snapshots), checkpoint["agent"]]:
             agent.load_state_dict(weights)  # the older ones only to see that they fit
-        buffer.load_state_dict(checkpoint["buffer"])
+        buffer.load_state_dict(checkpoint.pop("buffer"))
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
-        for param in agent.parameters():
-            shapes = {optimizer.state[param][moment].shape for moment in ("exp_avg", "exp_avg_sq")}
-            require(shapes == {param.shape}, "the shape of an optimizer's moment")
+        fit = all(optimizer.state[p][m].shape == p.shape for p in agent.parameters() for m in ("exp_avg", "exp_avg_sq"))
+        require(fit, "the shape of a moment of Adam")
         random.setstate((3, tuple(checkpoint["python"].tolist()), None))
         *numpy_keys, numpy_position = checkpoint["numpy"].tolist()
         np.random.set_state(("MT19937", numpy_keys, numpy_position))
@@ -501,7 +501,7 @@ def restore(checkpoint: dict, agent, optimizer, buffer, snapshots) -> int:
         if len(checkpoint["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(checkpoint["cuda"])
         return int(checkpoint["iteration"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"the checkpoint does not fit this environment ({str(error).splitlines()[0]}).") from None
 
 
@@ -511,18 +511,17 @@ def evaluate(make_envs, agent, args: Args, device, video: Path) -> dict[str, flo
     Each environment plays a share that is fixed beforehand: to take whichever episodes end first would favor short
     ones. Actions are sampled, and the generators of the training are left as they were.
     """
-    fresh = copy.copy(args)
-    fresh.seed += EVAL_SEED
-    envs = make_envs(fresh, **({"render_mode": "rgb_array"} if args.capture_video else {}))
+    seed = args.seed + EVAL_SEED
+    envs = make_envs(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     share = args.eval_episodes // args.num_envs + (np.arange(args.num_envs) < args.eval_episodes % args.num_envs)
     first_share, frames, success = share[0], [], np.zeros(args.num_envs, dtype=bool)
     played = {"eval/episodic_return": [], "eval/episodic_length": [], "eval/success_rate": []}
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(fresh.seed)
-        obs, _ = envs.reset(seed=fresh.seed)
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        obs, _ = envs.reset(seed=seed)
         while share.any():
             if args.capture_video and share[0] == first_share:
-                frames.append(envs.render()[0])
+                frames.append(np.array(envs.render()[0]))  # a view would keep those of all environments
             action, _, _, _ = agent.get_action_and_value(to_tensor(obs, device))
             obs, _, _, _, infos = envs.step(action.cpu().numpy())
             success |= infos.get("success", success) > 0
@@ -534,13 +533,13 @@ def evaluate(make_envs, agent, args: Args, device, video: Path) -> dict[str, flo
                 played["eval/success_rate"].extend(success[counted] if "success" in infos else [])
                 success[infos["_episode"]] = False
     envs.close()
+    returns, means = played["eval/episodic_return"], {tag: np.mean(values) for tag, values in played.items() if values}
+    spread = f"of returns std {np.std(returns):.6g}, min {np.min(returns):.6g}, max {np.max(returns):.6g}"
+    print(f"{len(returns)} episodes: {', '.join(f'mean {tag[5:]} {m:.6g}' for tag, m in means.items())}; {spread}")
     if frames:
         from moviepy import ImageSequenceClip  # slow to import, so only here
 
         ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30)).write_videofile(str(video), logger=None)
-    returns, means = played["eval/episodic_return"], {tag: np.mean(values) for tag, values in played.items() if values}
-    spread = f"standard deviation {np.std(returns):.6g}, min {np.min(returns):.6g}, max {np.max(returns):.6g}"
-    print(f"{len(returns)} episodes: {spread}, {', '.join(f'{tag[5:]} {mean:.6g}' for tag, mean in means.items())}")
     return means
 
 
@@ -566,7 +565,7 @@ def parse_args() -> tuple[Args, dict | None]:
     checkpoint = load_checkpoint(path)
     try:
         saved = {domain.__name__: domain for domain in DOMAINS}[checkpoint["domain"]](**checkpoint["args"])
-    except (KeyError, TypeError):
+    except (LookupError, TypeError):
         raise BadInput(f"{path} is no checkpoint of this script; give one that it wrote.") from None
     args = parse_flags(default=saved)
     for name, value in vars(saved).items():
@@ -584,8 +583,7 @@ if __name__ == "__main__":
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True  # one seed, one result on a GPU too
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if args.device == "auto" else args.device)
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     with one_sentence(2, f"--env-id {args.env_id}: "):
         envs = make_envs(args)
         envs.reset(seed=args.seed)
@@ -611,16 +609,15 @@ if __name__ == "__main__":
             import wandb
 
             place = {"project": args.wandb_project_name, "entity": args.wandb_entity, "mode": args.wandb_mode}
-            name = {"name": folder.name, "id": folder.name, "resume": "allow"}
+            name = {"name": folder.absolute().name, "id": folder.absolute().name, "resume": "allow"}
             wandb.init(**place, **name, sync_tensorboard=True, config=vars(args))
         except Exception as error:  # tracking must not cost a run
             print(f"warning: the run goes on without Weights and Biases: {error}", file=sys.stderr)
     with one_sentence(2):
         # what was logged after the checkpoint will be logged again
         writer = SummaryWriter(folder, purge_step=global_step + 1 if checkpoint else 0)
-    if checkpoint:
-        print(f"{folder}: resumed after step {global_step}")
-    else:
+    print(f"{folder}: {'goes on' if checkpoint else 'starts, with the flags given,'} after step {global_step}")
+    if not checkpoint:
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
@@ -640,8 +637,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C aborts at once
         stops.append(signum)
 
-    signal.signal(signal.SIGINT, stop_after_iteration)
-    signal.signal(signal.SIGTERM, stop_after_iteration)
+    handlers = {signum: signal.signal(signum, stop_after_iteration) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     start_time, start_step = time.time(), global_step
     # a resumed run starts its episodes anew, with seeds that no earlier part of it began with
@@ -751,17 +747,20 @@ if __name__ == "__main__":
         progress.update(args.batch_size)
         if episodes["charts/episodic_return"]:
             progress.set_postfix({"return": f"{scalars['charts/episodic_return']:.1f}"})
-        interval_over = args.checkpoint_interval and (iteration + 1) % args.checkpoint_interval == 0
         with one_sentence(1, f"the run stops, {folder} keeps its last checkpoint: "):
             require(all(map(math.isfinite, scalars.values())), f"loss or gradient not finite in iteration {iteration}")
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, global_step)
-            if interval_over or stops or iteration + 1 == num_iterations:
+            interval = args.checkpoint_interval or num_iterations
+            if stops or iteration + 1 == num_iterations or (iteration + 1) % interval == 0:
                 writer.flush()  # before the checkpoint, which must not be ahead of the log
+                require(all(w.isfinite().all() for w in agent.state_dict().values()), "weight or statistic not finite")
                 save_checkpoint(folder / CHECKPOINT, iteration + 1, args, agent, optimizer, buffer, snapshots)
         if stops:
             break
 
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
     progress.close()
     envs.close()
     if stops:

@@ -1,8 +1,5 @@
 """Loads the scripts for the tests: their definitions as a module, their body run in it, their logs read back."""
 
-import ast
-import importlib.util
-import itertools
 import signal
 import sys
 from pathlib import Path
@@ -10,28 +7,19 @@ from types import ModuleType
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).parents[1]
+from benchmark.scripts import ROOT, load, run_body
+
+__all__ = ["DOMAIN_OF", "ENTRIES", "GIPO", "MAIN", "ROOT", "SCRIPTS", "load", "run", "scalars", "source"]
 MAIN = 'if __name__ == "__main__":\n'
 DOMAIN_OF = {"gipo_atari": "atari", "gipo_continuous": "continuous", "gipo_minigrid_vision": "minigrid"}
 GIPO = list(DOMAIN_OF)
 SCRIPTS = [*GIPO, "ppo_baseline"]
 # every way to start a script: name and the arguments that select its domain
 ENTRIES = [(name, []) for name in GIPO] + [("ppo_baseline", [domain]) for domain in DOMAIN_OF.values()]
-_fresh = itertools.count()
 
 
 def source(name: str) -> str:
     return (ROOT / f"{name}.py").read_text()
-
-
-def load(name: str) -> ModuleType:
-    """A fresh module with the definitions of a script; its body has not run."""
-    alias = f"{name}_{next(_fresh)}"
-    spec = importlib.util.spec_from_file_location(alias, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[alias] = module  # dataclasses and tyro look their classes' module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(module: ModuleType, monkeypatch, folder: Path, argv: list[str]) -> ModuleType:
@@ -42,17 +30,13 @@ def run(module: ModuleType, monkeypatch, folder: Path, argv: list[str]) -> Modul
     argv = [*map(str, argv)]
     if not {"--eval-episodes", "--evaluate"} & set(argv):
         argv += ["--eval-episodes", "0"]
-    body = ast.parse(Path(module.__file__).read_text())
-    body.body = [node for node in body.body if isinstance(node, ast.If)]
     monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *argv])
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
-    module.__name__ = "__main__"
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
-        exec(compile(body, module.__file__, "exec"), vars(module))
+        run_body(module)
     finally:
-        module.__name__ = module.__spec__.name
         for number, handler in handlers:
             signal.signal(number, handler)
     return module

@@ -1,0 +1,200 @@
+"""How fast the scripts are, next to their bare environments, and where the time goes.
+
+    ./benchmark.sh speed            # one table on standard output, about half an hour on two idle cores
+
+Every configuration runs in a process of its own: a warm-up, then a fixed number of iterations under the clock. Its bare
+environment, under random actions, is timed right after it in the same process. All that is repeated in turn, so that a
+machine that changes its speed changes all of them; medians are shown. Compare ratios, not steps per second.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import wraps
+from typing import Literal
+
+import torch
+import tyro
+
+from benchmark.scripts import ROOT, load, run_body
+
+# title: script, flags, iterations under the clock
+CONFIGURATIONS = {
+    "HalfCheetah, 10 x 32 minibatches of 64": ("gipo_continuous", "--num-minibatches 32", 15),
+    "HalfCheetah, 10 x 8 minibatches of 256": ("gipo_continuous", "--num-minibatches 8", 15),
+    "HalfCheetah": ("gipo_continuous", "", 15),
+    "HalfCheetah, K = 8": ("gipo_continuous", "--buffer-epochs 8", 15),
+    "HalfCheetah, K = 32": ("gipo_continuous", "--buffer-epochs 32", 15),
+    "HalfCheetah, K = 8, stored": ("gipo_continuous", "--buffer-epochs 8 --advantage-source stored", 15),
+    "HalfCheetah, K = 64, stored": ("gipo_continuous", "--buffer-epochs 64 --advantage-source stored", 15),
+    "Meta-World reach": ("gipo_continuous", "--env-id Meta-World/reach-v3", 5),
+    "Breakout": ("gipo_atari", "", 8),
+    "Breakout, K = 8": ("gipo_atari", "--buffer-epochs 8", 4),
+    "Breakout, K = 32": ("gipo_atari", "--buffer-epochs 32", 2),
+    "MiniGrid Fetch": ("gipo_minigrid_vision", "", 20),
+    "MiniGrid Fetch, K = 8": ("gipo_minigrid_vision", "--buffer-epochs 8", 20),
+    "MiniGrid Fetch, K = 32": ("gipo_minigrid_vision", "--buffer-epochs 32", 10),
+}
+PHASES = ("environment", "inference", "refresh", "update")
+BARE_SECONDS = 5.0
+
+
+def now() -> float:
+    """Seconds, when all that was given to an accelerator is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Clock:
+    """Adds up the seconds of each phase, by watching what the body of a script calls; the warm-up does not count."""
+
+    def __init__(self, module, warmup: int):
+        self.seconds, self.iterations, self.warmup, self.updating_since = defaultdict(float), 0, warmup, 0.0
+        ((args, (make_envs, agent)),) = module.DOMAINS.items()
+        self.watch(agent, "get_action_and_value", "inference")
+        self.watch(agent, "get_value", "refresh")
+        self.watch(module, "compute_gae", "refresh")
+        agent.update_statistics = self.update_ends(agent.update_statistics)
+        module.ReplayBuffer.sample = self.update_starts(module.ReplayBuffer.sample)
+        module.tqdm = type("Progress", (module.tqdm,), {"update": self.iteration_ends(module.tqdm.update)})
+
+        def make_watched_envs(*args, **kwargs):
+            envs = make_envs(*args, **kwargs)
+            self.watch(envs, "step", "environment")
+            return envs
+
+        module.DOMAINS = {args: (make_watched_envs, agent)}
+
+    def watch(self, owner, name: str, phase: str):
+        function = getattr(owner, name)
+
+        @wraps(function)
+        def watched(*args, **kwargs):
+            start = now()
+            result = function(*args, **kwargs)
+            if not torch.is_grad_enabled() or phase == "environment":  # what learns belongs to the update
+                self.seconds[phase] += now() - start
+            return result
+
+        setattr(owner, name, watched)
+
+    def update_starts(self, sample):
+        @wraps(sample)
+        def watched(*args):
+            self.updating_since = self.updating_since or now()
+            return sample(*args)
+
+        return watched
+
+    def update_ends(self, update_statistics):
+        @wraps(update_statistics)
+        def watched(*args):
+            self.seconds["update"] += now() - self.updating_since if self.updating_since else 0.0
+            self.updating_since = 0.0
+            return update_statistics(*args)
+
+        return watched
+
+    def iteration_ends(self, update):
+        @wraps(update)
+        def watched(*args):
+            self.iterations += 1
+            if self.iterations == self.warmup:
+                self.seconds.clear()
+                self.start = now()
+            self.elapsed = now() - self.start if self.iterations > self.warmup else 0.0
+            return update(*args)
+
+        return watched
+
+
+def bare_speed(envs) -> float:
+    """Environment steps per second under random actions: the emulator's own vector, or one copy of any other."""
+    copies = getattr(envs.unwrapped, "envs", None)
+    env = copies[0] if copies else envs.unwrapped
+    if type(env).__name__ == "PixelsAndWords":
+        env = env.env  # what draws and packs is ours
+    size = 1 if copies else envs.num_envs
+    env.reset(seed=1)
+    env.action_space.seed(1)
+    actions = [env.action_space.sample() for _ in range(1000)]
+    steps, start = 0, time.perf_counter()
+    while time.perf_counter() - start < BARE_SECONDS:
+        for action in actions:
+            _, _, terminated, truncated, _ = env.step(action)
+            if copies and (terminated or truncated):
+                env.reset()
+        steps += size * len(actions)
+    return steps / (time.perf_counter() - start)
+
+
+def measure(title: str):
+    """Time one configuration in this process and print what was found as a line of JSON."""
+    script, flags, iterations = CONFIGURATIONS[title]
+    module = load(script)
+    sys.argv = [script, *flags.split()]
+    args = module.parse_flags()
+    warmup = args.buffer_epochs + 1  # the buffer is full then
+    total = (warmup + iterations) * args.batch_size
+    sys.argv += ["--total-timesteps", str(total), "--eval-episodes", "0", "--checkpoint-interval", "0"]
+    clock = Clock(module, warmup)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        run_body(module)
+    found = {phase: clock.seconds[phase] / clock.elapsed for phase in PHASES}
+    found["steps"] = iterations * args.batch_size / clock.elapsed
+    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found["buffer_mb"] = sum(tensor.nbytes for tensor in module.buffer.state_dict().values()) / 2**20
+    found["bare"] = bare_speed(module.make_envs(args))
+    print(json.dumps(found))
+
+
+@dataclass
+class Args:
+    """Measure the speed of the scripts and print a table."""
+
+    repetitions: int = 3
+    """how often each configuration is measured, in turn; the medians are shown (1 to 5)"""
+    only: str = ""
+    """measure only configurations whose title contains this"""
+    measure: Literal["", *CONFIGURATIONS] = ""
+    """measure one configuration once, in this process, and print it as JSON"""
+
+    def __post_init__(self):
+        self.titles = [title for title in CONFIGURATIONS if self.only in title]
+        if not self.titles:
+            raise ValueError(f"--only {self.only}: give a part of one of {', '.join(CONFIGURATIONS)}.")
+
+
+def main(args: Args):
+    if args.measure:
+        return measure(args.measure)
+    found = defaultdict(list)
+    for repetition in range(args.repetitions):
+        for title in args.titles:
+            print(f"{repetition + 1}/{args.repetitions} {title}", file=sys.stderr)
+            command = [sys.executable, "-m", "benchmark.speed", "--measure", title]
+            result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+            found[title].append(json.loads(result.stdout.splitlines()[-1]))
+    columns = ["steps/s", "bare", "ratio", *PHASES, "rest", "peak MB", "buffer MB"]
+    print(f"| configuration | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for title, runs in found.items():
+        median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        ratio = statistics.median(run["steps"] / run["bare"] for run in runs)
+        shares = [median[phase] for phase in PHASES]
+        cells = [f"{median['steps']:,.0f}", f"{median['bare']:,.0f}", f"{ratio:.1%}"]
+        cells += [f"{share:.0%}" for share in [*shares, 1 - sum(shares)]]
+        cells += [f"{median['peak_mb']:,.0f}", f"{median['buffer_mb']:,.0f}"]
+        print(f"| {title} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
