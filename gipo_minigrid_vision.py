@@ -513,17 +513,19 @@ def evaluate(make_envs, agent, args: Args, device, video: Path) -> dict[str, flo
     Each environment plays a share that is fixed beforehand: to take whichever episodes end first would favor short
     ones. Actions are sampled, and the generators of the training are left as they were.
     """
-    seed = args.seed + EVAL_SEED
-    envs = make_envs(args, **({"render_mode": "rgb_array"} if args.capture_video else {}))
-    share = args.eval_episodes // args.num_envs + (np.arange(args.num_envs) < args.eval_episodes % args.num_envs)
-    first_share, frames, success = share[0], [], np.zeros(args.num_envs, dtype=bool)
+    seed, fewer = args.seed + EVAL_SEED, copy.copy(args)
+    if args.capture_video:
+        fewer.num_envs = 1  # for a vector draws all of its environments
+    envs = make_envs(fewer, **({"render_mode": "rgb_array"} if args.capture_video else {}))
+    share = args.eval_episodes // envs.num_envs + (np.arange(envs.num_envs) < args.eval_episodes % envs.num_envs)
+    first_share, frames, success = share[0], [], np.zeros(envs.num_envs, dtype=bool)
     played = {"eval/episodic_return": [], "eval/episodic_length": [], "eval/success_rate": []}
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         obs, _ = envs.reset(seed=seed)
         while share.any():
             if args.capture_video and share[0] == first_share:
-                frames.append(np.array(envs.render()[0]))  # a view would keep those of all environments
+                frames.append(envs.render()[0])
             action, _, _, _ = agent.get_action_and_value(to_tensor(obs, device))
             obs, _, _, _, infos = envs.step(action.cpu().numpy())
             success |= infos.get("success", success) > 0
