@@ -523,14 +523,16 @@ def test_evaluation_leaves_the_random_states_alone(saved, monkeypatch, tmp_path)
 
 @pytest.mark.parametrize(("name", "argv", "domain"), CASES[:3])
 def test_a_video_can_be_watched(name, argv, domain, monkeypatch, tmp_path):
+    from imageio_ffmpeg import count_frames_and_secs
     from moviepy import VideoFileClip
 
     flags = [*argv, *REAL[domain].split(), "--eval-episodes", 1, "--capture-video"]
     run(load(name), monkeypatch, tmp_path, flags)
     ((_, length),) = scalars(tmp_path)["eval/episodic_length"]
+    frame_count, _ = count_frames_and_secs(str(folder_of(tmp_path) / "128.mp4"))
+    assert frame_count == pytest.approx(length, abs=1)  # the encoder may round the last one away
     with VideoFileClip(folder_of(tmp_path) / "128.mp4") as clip:
         frames = list(clip.iter_frames())
-        assert len(frames) == pytest.approx(length, abs=1)
         assert clip.fps == {"atari": 15, "continuous": 125, "minigrid": 10}[domain]
     assert all(frame.mean() > 5 for frame in frames)  # not black
     assert frames[0].shape[2] == 3 and frames[0].std(2).max() > 0  # in color
