@@ -549,12 +549,12 @@ def evaluate(make_envs, agent, args: Args, device, video: Path) -> dict[str, flo
 DOMAINS = {AtariArgs: (make_atari_envs, AtariAgent)}
 
 
-def parse_flags(**default) -> Args:
+def parse_args(**default) -> Args:
     """The command line over the domain's defaults, or over those of `default=`; a mistake exits with 2."""
     return tyro.cli(AtariArgs, description=__doc__, **default)
 
 
-def parse_args() -> tuple[Args, dict | None]:
+def read_args() -> tuple[Args, dict | None]:
     """Flags, and the checkpoint that --resume or --evaluate names, whose flags then hold; a mistake exits with 2."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path)
@@ -563,13 +563,13 @@ def parse_args() -> tuple[Args, dict | None]:
     path = given.resume or given.evaluate
     # a run that was killed before its first checkpoint starts afresh
     if not path or (given.resume and any(path.glob("events.out.tfevents.*")) and not (path / CHECKPOINT).exists()):
-        return parse_flags(), None
+        return parse_args(), None
     checkpoint = load_checkpoint(path)
     try:
         saved = {domain.__name__: domain for domain in DOMAINS}[checkpoint["domain"]](**checkpoint["args"])
     except (LookupError, TypeError):
         raise BadInput(f"{path} is no checkpoint of this script; give one that it wrote.") from None
-    args = parse_flags(default=saved)
+    args = parse_args(default=saved)
     for name, value in vars(saved).items():
         flag, new = name.replace("_", "-"), getattr(args, name, None)
         rule = f"--{flag} {new}: {path} was run with {value}; leave the flag out, or start a new run."
@@ -579,7 +579,7 @@ def parse_args() -> tuple[Args, dict | None]:
 
 if __name__ == "__main__":
     with one_sentence(2):
-        args, checkpoint = parse_args()
+        args, checkpoint = read_args()
     make_envs, Agent = DOMAINS[type(args)]
     random.seed(args.seed)
     np.random.seed(args.seed)

@@ -141,7 +141,7 @@ def measure(title: str):
     script, flags, iterations = CONFIGURATIONS[title]
     module = load(script)
     sys.argv = [script, *flags.split()]
-    args = module.parse_flags()
+    args = module.parse_args()
     warmup = args.buffer_epochs + 1  # the buffer is full then
     total = (warmup + iterations) * args.batch_size
     sys.argv += ["--total-timesteps", str(total), "--eval-episodes", "0", "--checkpoint-interval", "0"]

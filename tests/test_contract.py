@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 # definitions that may differ between a GIPO script and the baseline
-LOSS = {"Args", "policy_loss", "DOMAINS", "parse_flags"}
+LOSS = {"Args", "policy_loss", "DOMAINS", "parse_args"}
 GIPO_FIELDS = ["sigma", "sigma_neg"]
 BASELINE_FIELDS = ["surrogate", "clip_coef", "dual_clip", "sapo_tau", "sapo_tau_neg", "tis_cap", "spo_eps"]
 # distribution by the name it is imported under, where the two differ; packaging is one that metaworld forgot to declare
@@ -111,9 +111,9 @@ def test_args_differ_in_what_the_loss_reads_alone(name):
 @pytest.mark.parametrize("name", GIPO)
 def test_defaults_equal_the_baseline_s(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name])
-    own = vars(load(name).parse_flags())
+    own = vars(load(name).parse_args())
     monkeypatch.setattr(sys, "argv", ["ppo_baseline", DOMAIN_OF[name]])
-    baseline = vars(load("ppo_baseline").parse_flags())
+    baseline = vars(load("ppo_baseline").parse_args())
     differ = {key for key in own.keys() & baseline.keys() if own[key] != baseline[key]}
     assert differ <= {"exp_name"}
 
