@@ -78,6 +78,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(name, epochs, lag, mo
         run(module, monkeypatch, parts, argv)
     assert stop.value.code == 128 + signal.SIGTERM
     assert "--resume" in capsys.readouterr().out
+    time.sleep(1.1)  # event files are sorted by the second
     run(load(name), monkeypatch, parts, [*domain_of(name), "--resume", folder_of(parts)])
     assert f"goes on after step {4 * ROLLOUT}" in capsys.readouterr().out
     first, second = (torch.load(folder_of(path) / "checkpoint.pt") for path in (whole, parts))
