@@ -46,7 +46,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,6 +94,8 @@ class RunArgs:
     """record the first of these episodes as an mp4 in the run's folder"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where network and replay buffer live; auto takes CUDA if there is one"""
+    compile: bool = False
+    """torch.compile the loss: a slower start, then faster updates of small networks; on a CPU it needs a C++ compiler"""
     track: bool = False
     """log to Weights and Biases as well"""
     wandb_project_name: str = "gipo"
@@ -259,14 +261,10 @@ def make_continuous_envs(args: ContinuousArgs, **render) -> gym.vector.VectorEnv
     if not args.env_id.startswith("Meta-World/"):
         envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    require(
-        isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1,
-        f"observations must be a flat Box, not {obs_space}; try HalfCheetah-v5.",
-    )
-    require(
-        isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1,
-        f"actions must be a flat Box, not {action_space}; try HalfCheetah-v5.",
-    )
+    rule = f"observations must be a flat Box, not {obs_space}; try HalfCheetah-v5."
+    require(isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1, rule)
+    rule = f"actions must be a flat Box, not {action_space}; try HalfCheetah-v5."
+    require(isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1, rule)
     low, high = action_space.low, action_space.high
     return gym.wrappers.vector.TransformAction(envs, lambda actions: np.clip(actions, low, high))
 
@@ -369,13 +367,14 @@ class ReplayBuffer(nn.Module):
         """Overwrite the oldest rollout by a new one, which begins with `obs` and is acted by policy `version`."""
         self.slot = (self.slot + 1) % len(self.obs)
         self.versions[self.slot] = version
-        self.obs[self.slot, 0] = obs
+        self.newest = {name: rollouts[self.slot] for name, rollouts in self.named_buffers() if rollouts.dim() > 1}
+        self.newest["obs"][0] = obs
 
     def store(self, step: int, next_obs, **transition):
         """Write row `step` of the newest rollout, and the observation that follows it; arrays or tensors."""
         for name, value in transition.items():
-            getattr(self, name)[self.slot, step] = torch.as_tensor(value)
-        self.obs[self.slot, step + 1] = next_obs
+            self.newest[name][step] = torch.as_tensor(value)
+        self.newest["obs"][step + 1] = next_obs
 
     def sample(self, n: int) -> torch.Tensor:
         """n flat indices of valid transitions, uniform, without replacement until all were drawn once."""
@@ -412,8 +411,26 @@ def policy_loss(logratio, advantages, args: Args):
     return -(coef * advantages).mean(), coef.detach()
 
 
+def minibatch_loss(agent, obs, actions, logprobs, advantages, returns, args: Args):
+    """The loss of a minibatch (B, ...) and, detached, its parts (3,), the log-ratios (B,) and the coefficients (B,)."""
+    _, newlogprob, entropy, newvalue = agent.get_action_and_value(obs, actions)
+    logratio = newlogprob - logprobs
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+    # Policy loss
+    pg_loss, coef = policy_loss(logratio, advantages, args)
+
+    # Value loss
+    v_loss = 0.5 * ((newvalue - returns) ** 2).mean()
+
+    entropy_loss = entropy.mean()
+    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+    return loss, torch.stack([pg_loss, v_loss, entropy_loss]).detach(), logratio.detach(), coef
+
+
 def diagnostics(logratio, coef) -> dict[str, torch.Tensor]:
-    """How far the policy is from the one that collected a minibatch, and how much of it still teaches; all scalars."""
+    """How far the policy is from those that collected samples (B,), and how many still teach; all scalars."""
     ratio = logratio.clamp(max=20).exp()  # float32 overflows at exp(88)
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, for squares overflow too
     return {
@@ -498,6 +515,23 @@ def restore(checkpoint: dict, agent, optimizer, buffer, snapshots) -> int:
         raise BadInput(f"the checkpoint does not fit this environment ({str(error).splitlines()[0]}).") from None
 
 
+def record_episodes(played: dict[str, list], infos: dict, success, among=True) -> np.ndarray:
+    """Add the episodes that end with this step to the lists in `played`; returns which did, (N,), all of `among`.
+
+    `success` (N,) is updated in place: a success at any step counts for the episode.
+    """
+    success |= infos.get("success", success) > 0
+    ended = infos.get("_episode", np.zeros_like(success))
+    counted = ended & among
+    if counted.any():
+        played["episodic_return"].extend(infos["episode"]["r"][counted])
+        played["episodic_length"].extend(infos["episode"]["l"][counted])
+        if "success" in infos:
+            played["success_rate"].extend(success[counted])
+    success[ended] = False
+    return counted
+
+
 def evaluate(make_envs, agent, args: Args, device, video: Path) -> dict[str, float]:
     """Play full episodes with fixed weights on environments of a seed of their own, print and return a summary.
 
@@ -509,8 +543,7 @@ def evaluate(make_envs, agent, args: Args, device, video: Path) -> dict[str, flo
         fewer.num_envs = 1  # for a vector draws all of its environments
     envs = make_envs(fewer, **({"render_mode": "rgb_array"} if args.capture_video else {}))
     share = args.eval_episodes // envs.num_envs + (np.arange(envs.num_envs) < args.eval_episodes % envs.num_envs)
-    first_share, frames, success = share[0], [], np.zeros(envs.num_envs, dtype=bool)
-    played = {"eval/episodic_return": [], "eval/episodic_length": [], "eval/success_rate": []}
+    first_share, frames, played, success = share[0], [], defaultdict(list), np.zeros(envs.num_envs, dtype=bool)
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         obs, _ = envs.reset(seed=seed)
@@ -519,23 +552,16 @@ def evaluate(make_envs, agent, args: Args, device, video: Path) -> dict[str, flo
                 frames.append(envs.render()[0])
             action, _, _, _ = agent.get_action_and_value(to_tensor(obs, device))
             obs, _, _, _, infos = envs.step(action.cpu().numpy())
-            success |= infos.get("success", success) > 0
-            if "episode" in infos:
-                counted = infos["_episode"] & (share > 0)
-                share -= counted
-                played["eval/episodic_return"].extend(infos["episode"]["r"][counted])
-                played["eval/episodic_length"].extend(infos["episode"]["l"][counted])
-                played["eval/success_rate"].extend(success[counted] if "success" in infos else [])
-                success[infos["_episode"]] = False
+            share -= record_episodes(played, infos, success, among=share > 0)
     envs.close()
-    returns, means = played["eval/episodic_return"], {tag: np.mean(values) for tag, values in played.items() if values}
+    returns, means = played["episodic_return"], {name: np.mean(values) for name, values in played.items()}
     spread = f"of returns std {np.std(returns):.6g}, min {np.min(returns):.6g}, max {np.max(returns):.6g}"
-    print(f"{len(returns)} episodes: {', '.join(f'mean {tag[5:]} {m:.6g}' for tag, m in means.items())}; {spread}")
+    print(f"{len(returns)} episodes: {', '.join(f'mean {name} {m:.6g}' for name, m in means.items())}; {spread}")
     if frames:
         from moviepy import ImageSequenceClip  # slow to import, so only here
 
         ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30)).write_videofile(str(video), logger=None)
-    return means
+    return {f"eval/{name}": mean for name, mean in means.items()}
 
 
 # ---------------------------------------------------- Command line ----------------------------------------------------
@@ -626,6 +652,7 @@ if __name__ == "__main__":
         agent.update_statistics(*(to_tensor(array, device).unsqueeze(0) for array in row))
         next_valid = ~done
 
+    loss_of = torch.compile(minibatch_loss) if args.compile else minibatch_loss
     stops = []
 
     def stop_after_iteration(signum, _):
@@ -651,27 +678,22 @@ if __name__ == "__main__":
         frozen = args.freeze_buffer_at is not None and global_step >= args.freeze_buffer_at
 
         # Rollout
-        episodes = {"charts/episodic_return": [], "charts/episodic_length": [], "charts/success_rate": []}
+        episodes = defaultdict(list)
         if not frozen:
             buffer.start(next_obs, version)
         for step in range(args.num_steps):
             with torch.no_grad():
-                action, logprob, _, _ = actor.get_action_and_value(next_obs)
+                action, logprob, _, value = actor.get_action_and_value(next_obs)
             next_obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())
             next_obs = to_tensor(next_obs, device)
             valid, next_valid = next_valid, ~(terminations | truncations)
             if not frozen:
                 # a lost life ends the return like a death, but the game goes on: no autoreset follows
                 terminated = terminations | infos.get("life_lost", False)
-                transition = {"actions": action, "logprobs": logprob, "rewards": reward, "terminated": terminated}
-                buffer.store(step, next_obs, **transition, dones=terminated | truncations, valid=valid)
-            success |= infos.get("success", success) > 0
-            if "episode" in infos:
-                finished = infos["_episode"]
-                episodes["charts/episodic_return"].extend(infos["episode"]["r"][finished])
-                episodes["charts/episodic_length"].extend(infos["episode"]["l"][finished])
-                episodes["charts/success_rate"].extend(success[finished] if "success" in infos else [])
-                success[finished] = False
+                transition = {"actions": action, "logprobs": logprob, "values": value, "rewards": reward}
+                transition |= {"terminated": terminated, "dones": terminated | truncations, "valid": valid}
+                buffer.store(step, next_obs, **transition)
+            record_episodes(episodes, infos, success)
         global_step += args.batch_size
 
         # Advantages
@@ -680,49 +702,30 @@ if __name__ == "__main__":
             slots = (buffer.versions >= 0).nonzero().flatten().tolist() if recompute else [buffer.slot.item()]
             with torch.no_grad():
                 for slot in slots:
-                    chunks = buffer.obs[slot].flatten(0, 1).split(args.minibatch_size)
+                    # what the current weights acted on they have valued, but for the observation that it ended with
+                    start = args.num_steps if buffer.versions[slot] == iteration else 0
+                    chunks = buffer.obs[slot, start:].flatten(0, 1).split(256)  # fits a CPU's cache
                     values = torch.cat([agent.get_value(chunk) for chunk in chunks])
-                    buffer.values[slot] = values.view(args.num_steps + 1, args.num_envs)
+                    buffer.values[slot, start:] = values.view(-1, args.num_envs)
                 rewards, values = agent.scale_rewards(buffer.rewards[slots, :-1]), buffer.values[slots]
                 terminated, dones = buffer.terminated[slots, :-1], buffer.dones[slots, :-1]
-                buffer.advantages[slots, :-1], buffer.returns[slots, :-1] = compute_gae(
-                    rewards, values, terminated, dones, args.gamma, args.gae_lambda
-                )
+                gae = compute_gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)
+                buffer.advantages[slots, :-1], buffer.returns[slots, :-1] = gae
 
         # Update
-        b_obs = buffer.obs.flatten(0, 2)
-        b_actions = buffer.actions.flatten(0, 2)
-        b_logprobs = buffer.logprobs.flatten()
-        b_advantages = buffer.advantages.flatten()
-        b_returns = buffer.returns.flatten()
-        metrics = []
+        fields = (buffer.obs, buffer.actions, buffer.logprobs, buffer.advantages, buffer.returns)
+        batch = [rollouts.flatten(0, 2) for rollouts in fields]
+        logged = []
         for _ in range(args.update_epochs):
             b_inds = buffer.sample(args.batch_size)
             for mb_inds in b_inds.split(args.minibatch_size):
-                _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
-                logratio = newlogprob - b_logprobs[mb_inds]
-                mb_advantages = b_advantages[mb_inds]
-                if args.norm_adv:
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-
-                # Policy loss
-                pg_loss, coef = policy_loss(logratio, mb_advantages, args)
-
-                # Value loss
-                v_loss = 0.5 * ((newvalue - b_returns[mb_inds]) ** 2).mean()
-
-                entropy_loss = entropy.mean()
-                loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+                loss, *parts = loss_of(agent, *(rows[mb_inds] for rows in batch), args)
                 optimizer.zero_grad()
                 loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
 
-                with torch.no_grad():
-                    losses = diagnostics(logratio, coef)
-                    losses |= {"losses/policy_loss": pg_loss, "losses/value_loss": v_loss}
-                    losses |= {"losses/entropy": entropy_loss, "losses/grad_norm": grad_norm}
-                    metrics.append(torch.stack(list(losses.values())))
+                logged.append([*parts, grad_norm])
 
         # Statistics change only now: the policy that acted on them must still be the one that the update starts from
         if not frozen:
@@ -730,17 +733,21 @@ if __name__ == "__main__":
             agent.update_statistics(*(rollouts[buffer.slot, :-1] for rollouts in newest))
 
         # Logging
-        y_pred, y_true = buffer.values.flatten()[b_inds], b_returns[b_inds]
-        explained_var = 1 - (y_true - y_pred).var() / y_true.var().clamp(min=1e-8)
-        means = torch.cat([torch.stack(metrics).mean(0), explained_var.unsqueeze(0)])
-        scalars = dict(zip([*losses, "losses/explained_variance"], means.tolist(), strict=True))
-        scalars |= {tag: np.mean(values) for tag, values in episodes.items() if values}
+        losses, logratios, coefs, grad_norms = zip(*logged, strict=True)
+        scalars = diagnostics(torch.cat(logratios), torch.cat(coefs))
+        tags = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
+        scalars |= zip(tags, torch.stack(losses).mean(0), strict=True)
+        scalars["losses/grad_norm"] = torch.stack(grad_norms).mean()
+        y_pred, y_true = buffer.values.flatten()[b_inds], buffer.returns.flatten()[b_inds]
+        scalars["losses/explained_variance"] = 1 - (y_true - y_pred).var() / y_true.var().clamp(min=1e-8)
+        scalars = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))  # one device sync
+        scalars |= {f"charts/{name}": np.mean(values) for name, values in episodes.items()}
         ages = iteration - buffer.versions[buffer.versions >= 0]
         scalars |= {"offpolicy/age_mean": ages.float().mean().item(), "offpolicy/age_max": ages.max().item()}
         scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         scalars["charts/SPS"] = int((global_step - start_step) / (time.time() - start_time))
         progress.update(args.batch_size)
-        if episodes["charts/episodic_return"]:
+        if episodes:
             progress.set_postfix({"return": f"{scalars['charts/episodic_return']:.1f}"})
         with one_sentence(1, f"the run stops, {folder} keeps its last checkpoint: "):
             require(all(map(math.isfinite, scalars.values())), f"loss or gradient not finite in iteration {iteration}")

@@ -172,3 +172,22 @@ def test_reward_scale_is_the_spread_of_discounted_returns(monkeypatch, tmp_path)
     assert agent.return_stats.var.item() == pytest.approx(counted.var())
     assert agent.scale_rewards(torch.tensor(6.0)).item() == pytest.approx(6 / math.sqrt(counted.var()))
     assert agent.scale_rewards(torch.tensor(1e9)).item() == 10
+
+
+@pytest.mark.parametrize("flags", ["", "--policy-lag 2", "--freeze-buffer-at 128"])
+def test_advantages_are_taken_with_the_current_critic(flags, monkeypatch, tmp_path):
+    """The values that were noted while acting stand in for it only where the same weights acted."""
+    module = load("gipo_continuous")
+    compute_gae, rollouts = module.compute_gae, []
+
+    def spy(rewards, values, *rest):
+        slots = (module.buffer.versions >= 0).nonzero().flatten()
+        current = module.agent.get_value(module.buffer.obs[slots].flatten(0, 2)).view(values.shape)
+        assert torch.allclose(values, current, atol=1e-5)
+        rollouts.append(len(slots))
+        return compute_gae(rewards, values, *rest)
+
+    module.compute_gae = spy
+    argv = ["--env-id", "Hopper-v5", *SMALL, "--total-timesteps", 6 * ROLLOUT, "--buffer-epochs", 3, *flags.split()]
+    run(module, monkeypatch, tmp_path, argv)
+    assert rollouts[-1] >= 2 and len(rollouts) == 6
