@@ -92,7 +92,7 @@ class RunArgs:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where network and replay buffer live; auto takes CUDA if there is one"""
     compile: bool = False
-    """torch.compile the loss: a slower start, then faster updates of small networks; on a CPU it needs a C++ compiler"""
+    """torch.compile the loss: a slower start, then faster updates of small networks; needs a C++ compiler on a CPU"""
     track: bool = False
     """log to Weights and Biases as well"""
     wandb_project_name: str = "gipo"
