@@ -1,0 +1,200 @@
+"""Runs many training runs, one single-threaded process per core, and keeps one row of each in a CSV file.
+
+A run that has its row is skipped; one that was interrupted goes on from its checkpoint; one that fails is named with
+its log and makes the whole batch fail. One whose loss is not finite any more has not failed: its row says that it
+diverged. A row holds what the run was, its score and its learning curve, so the figures need nothing else.
+"""
+
+import csv
+import fcntl
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+from benchmark.scripts import ROOT
+
+RESULTS = ROOT / "benchmark" / "results"
+WORK = ROOT / "runs" / "benchmark"  # folders of runs that have not finished, and logs of those that failed
+CURVE_POINTS = 25
+SETTINGS = (
+    "env_id",
+    "seed",
+    "total_timesteps",
+    "num_steps",
+    "num_minibatches",
+    "learning_rate",
+    "buffer_epochs",
+    "policy_lag",
+    "freeze_buffer_at",
+    "sigma",
+    "sigma_neg",
+)
+AT_THE_END = ("offpolicy/abs_logratio_p95", "offpolicy/ess", "offpolicy/dead_fraction", "offpolicy/coef_mean")
+PACKAGES = ("torch", "gymnasium", "mujoco", "ale-py", "minigrid", "metaworld")
+COLUMNS = (
+    "command",
+    "method",
+    *SETTINGS,
+    "diverged",  # 1 for a run that its loss ended; it has no final values
+    "final_return",  # mean over the last tenth of the training
+    "mean_return",  # area under the learning curve, divided by its length
+    "final_success",
+    *(tag.split("/")[1] for tag in AT_THE_END),
+    "seconds",  # of the whole process; none if it was interrupted
+    "revision",
+    "versions",
+    "curve",  # mean returns of as many equal parts of the training
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: the name of the method, the script relative to the root, and its arguments."""
+
+    method: str
+    script: str
+    arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        return " ".join(["python", self.script, *self.arguments])
+
+    def value(self, flag: str) -> str:
+        """What an argument says that stands once in the command."""
+        return self.arguments[self.arguments.index(flag) + 1]
+
+    @property
+    def folder(self) -> Path:
+        return WORK / re.sub(r"[^\w.]+", "-", self.command.removeprefix("python "))
+
+
+def rows(experiment: str) -> list[dict[str, str]]:
+    """What is known of an experiment: a dictionary of COLUMNS for each run that has finished."""
+    path = RESULTS / f"{experiment}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def revision(script: str) -> str:
+    """The commit that last changed a script; a plus says that it has been changed since."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "log", "-1", "--format=%h", "--", script], capture_output=True, text=True).stdout
+    changed = subprocess.run([*git, "status", "--porcelain", "--", script], capture_output=True, text=True).stdout
+    return commit.strip() + ("+" if changed else "")
+
+
+def curve(points: list[tuple[int, float]], total: int, parts: int) -> np.ndarray:
+    """Means of the points in equal parts of the steps up to `total`; where a part has none, the one before's stands.
+
+    The first parts take the first mean there is; without any point all are NaN.
+    """
+    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    part = np.minimum((steps - 1) * parts // total, parts - 1)
+    means = np.array([values[part == i].mean() if (part == i).any() else np.nan for i in range(parts)])
+    known = np.flatnonzero(~np.isnan(means))
+    before = np.searchsorted(known, np.arange(parts), side="right") - 1
+    return means[known[before.clip(min=0)]] if len(known) else means
+
+
+def row(run: Run, folder: Path) -> dict:
+    """The row of a run that has ended, read from its log."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    args = dict(line.strip("|").split("|", 1) for line in table.splitlines())
+    logged = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    total = int(args["total_timesteps"])
+
+    def last_tenth(tag):
+        tail = [value for step, value in logged.get(tag, []) if step > 0.9 * total]
+        return f"{np.mean(tail):.6g}" if tail else ""
+
+    returns = curve(logged.get("charts/episodic_return", []), total, CURVE_POINTS)
+    found = {"command": run.command, "method": run.method, "diverged": 0}
+    found |= {name: args[name] for name in SETTINGS if args.get(name, "None") != "None"}
+    found |= {"final_return": last_tenth("charts/episodic_return"), "mean_return": f"{returns.mean():.6g}"}
+    found["final_success"] = last_tenth("charts/success_rate")
+    found |= {tag.split("/")[1]: last_tenth(tag) for tag in AT_THE_END}
+    found["versions"] = " ".join(f"{name}={importlib.metadata.version(name)}" for name in PACKAGES)
+    found["curve"] = " ".join(f"{value:.6g}" for value in returns)
+    return found
+
+
+def execute(run: Run) -> dict:
+    """Run to the end and return the row; `CalledProcessError` if the run fails, its log stays in `run.folder`."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / "log.txt").open("a+") as log:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child keeps it, should this process die
+        current, started = revision(run.script), run.folder / "revision.txt"
+        saved = list(run.folder.glob("runs/*/checkpoint.pt"))
+        resumed = bool(saved) and started.exists() and started.read_text() == current
+        if resumed:
+            domain = [word for word in run.arguments[:1] if not word.startswith("--")]
+            arguments = [*domain, "--resume", str(saved[0].parent)]
+        else:
+            shutil.rmtree(run.folder / "runs", ignore_errors=True)
+            started.write_text(current)
+            arguments = run.arguments
+        command = [sys.executable, str(ROOT / run.script), *arguments]
+        start, size = time.monotonic(), log.tell()
+        single = os.environ | {"OMP_NUM_THREADS": "1"}
+        code = subprocess.run(command, cwd=run.folder, env=single, stdout=log, stderr=log).returncode
+        seconds = round(time.monotonic() - start)
+        log.seek(size)
+        diverged = code == 1 and "not finite" in log.read()
+    if code and not diverged:
+        raise subprocess.CalledProcessError(code, command)
+    (folder,) = (run.folder / "runs").iterdir()
+    found = row(run, folder) | {"revision": current, "seconds": "" if resumed else seconds}
+    return found | ({"diverged": 1, "final_return": "", "final_success": ""} if diverged else {})
+
+
+def run_all(experiment: str, runs: Iterable[Run], dry_run: bool = False) -> int:
+    """Do what is not done yet, and print what failed; returns how many did."""
+    done = {known["command"] for known in rows(experiment)}
+    missing = [run for run in dict.fromkeys(runs) if run.command not in done]
+    if dry_run:
+        print(*(run.command for run in missing), sep="\n")
+        return 0
+    RESULTS.mkdir(exist_ok=True)
+    path, lock, failed = RESULTS / f"{experiment}.csv", threading.Lock(), 0
+
+    def work(run: Run):
+        if run.command in {known["command"] for known in rows(experiment)}:
+            return  # another batch has done it meanwhile
+        found = execute(run)
+        with lock, path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(found)
+        shutil.rmtree(run.folder)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {pool.submit(work, run): run for run in missing}
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc=experiment, unit="run"):
+                if future.exception():
+                    failed += 1
+                    run = futures[future]
+                    message = f"failed: {run.command}\n  {future.exception()}\n  log: {run.folder / 'log.txt'}"
+                    tqdm.write(message, file=sys.stderr)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
