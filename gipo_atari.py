@@ -391,7 +391,7 @@ class ReplayBuffer(nn.Module):
         """n flat indices of valid transitions, uniform, without replacement until all were drawn once."""
         valid = self.valid.flatten().nonzero().squeeze(1)
         rounds = math.ceil(n / len(valid))
-        return torch.cat([valid[torch.randperm(len(valid), device=valid.device)] for _ in range(rounds)])[:n]
+        return valid[torch.cat([torch.randperm(len(valid), device=valid.device) for _ in range(rounds)])[:n]]
 
 
 def compute_gae(rewards, values, terminated, dones, gamma: float, gae_lambda: float):
