@@ -150,12 +150,16 @@ class Args:
 
 
 def main(args: Args) -> int:
-    """Returns the exit code: 1 if a run failed, 2 if --only fits none."""
+    """Returns the exit code: 1 if a run failed, 2 if --only fits none, 130 after Ctrl-C."""
     chosen = [one for one in EXPERIMENTS[args.experiment]() if args.only in one.command]
     if not chosen:
         print(f"error: --only {args.only}: give a part of a command that --dry-run prints.", file=sys.stderr)
         return 2
-    return min(run_all(args.experiment, chosen, args.dry_run), 1)
+    try:
+        return min(run_all(args.experiment, chosen, args.dry_run), 1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
