@@ -1,4 +1,4 @@
-"""Decoupled PPO is the baseline with a third policy, and nothing else."""
+"""The scripts under benchmark/ are the baseline with one change each, and nothing else."""
 
 import subprocess
 
@@ -10,13 +10,14 @@ from test_contract import definitions
 SMALL = "--env-id Hopper-v5 --num-envs 2 --num-steps 32 --num-minibatches 2 --update-epochs 2".split()
 
 
-def test_the_diff_to_the_baseline():
-    files = [ROOT / "ppo_baseline.py", ROOT / "benchmark" / "ppo_decoupled.py"]
+@pytest.mark.parametrize("name, changed", [("ppo_decoupled", "minibatch_loss"), ("ppo_scaled_rate", "Args")])
+def test_the_diff_to_the_baseline(name, changed):
+    files = [ROOT / "ppo_baseline.py", ROOT / "benchmark" / f"{name}.py"]
     diff = subprocess.run(["diff", *files], capture_output=True, text=True).stdout
     added = [line for line in diff.splitlines() if line.startswith(">")]
     assert 0 < len(added) <= 20, diff
-    own, other = definitions("benchmark/ppo_decoupled"), definitions("ppo_baseline")
-    assert {key for key in own.keys() | other.keys() if own.get(key) != other.get(key)} == {"minibatch_loss"}
+    own, other = definitions(f"benchmark/{name}"), definitions("ppo_baseline")
+    assert {key for key in own.keys() | other.keys() if own.get(key) != other.get(key)} == {changed}
 
 
 def test_coefficient_is_the_weight_times_the_clip_s():
@@ -56,3 +57,30 @@ def test_the_proximal_policy_is_the_one_that_an_update_starts_from(epochs, monke
     end = run(module, monkeypatch, tmp_path, argv)
     assert (end.buffer.versions >= 0).sum() == epochs
     assert max(largest[::4]) < 1e-5 and min(largest[1::4]) > 1e-4
+
+
+def test_the_actor_s_rate_is_scaled_by_the_mean_weight_and_the_critic_s_is_not(monkeypatch, tmp_path):
+    module = load("benchmark/ppo_scaled_rate")
+    weights, rates = [], []
+    minibatch_loss, step = module.minibatch_loss, torch.optim.Adam.step
+
+    def spy_loss(*args):
+        found = minibatch_loss(*args)
+        weights.append(torch.exp(-0.5 * (found[2] / 0.01) ** 2).mean().item())
+        return found
+
+    def spy_step(self, *args):
+        rates.append([(group["lr"], [p.shape for p in group["params"]]) for group in self.param_groups])
+        return step(self, *args)
+
+    module.minibatch_loss = spy_loss
+    monkeypatch.setattr(torch.optim.Adam, "step", spy_step)
+    argv = ["continuous", *SMALL, "--total-timesteps", 6 * 64, "--buffer-epochs", 3, "--sigma", 0.01]
+    end = run(module, monkeypatch, tmp_path, argv)
+    assert len(rates) == 6 * 4 and min(weights) < 0.7
+    for i, ((critic, shapes), (actor, others)) in enumerate(rates):
+        assert critic == pytest.approx(3e-4 * (1 - i // 4 / 6))  # annealing goes on
+        assert actor == pytest.approx(critic * weights[i])
+        assert shapes == [p.shape for p in end.agent.critic.parameters()]
+        assert len(shapes) + len(others) == len(list(end.agent.parameters()))
+    assert end.args.surrogate == "none"
