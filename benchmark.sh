@@ -1,21 +1,29 @@
 #!/usr/bin/env bash
 # Measurements of the scripts and the evidence. --help after a subcommand lists its flags.
 #
+#   ./benchmark.sh quick        GIPO and PPO-clip on fresh and stale data, in about ten minutes of two cores
 #   ./benchmark.sh speed        steps per second next to the bare environments, and where the time goes
+#
+# The evidence, in benchmark/results/*.csv; what is there already is not run again, so move a file away to make it anew:
+#
 #   ./benchmark.sh tune         bandwidth and learning rate of every surrogate, on environments that are not reported
+#   ./benchmark.sh random       random actions, the zero of the scores
 #   ./benchmark.sh staleness    return against the size K of the replay buffer
+#   ./benchmark.sh ant          the same for Ant
 #   ./benchmark.sh freeze       nothing enters the buffer after a third of the training
 #   ./benchmark.sh lag          the policy that acts is up to 16 iterations old
 #   ./benchmark.sh sigma        the width of GIPO's weight
-#   ./benchmark.sh random       returns of random actions, the zero of the scores
-#   ./benchmark.sh report       figures and tables from benchmark/results/*.csv
+#   ./benchmark.sh minigrid     pixels and words
+#   ./benchmark.sh metaworld    the stale regime of the method's authors
+#   ./benchmark.sh atari        Pong, Breakout and Freeway from pixels
+#   ./benchmark.sh report       figures and tables from these files
 set -euo pipefail
 cd "$(dirname "$0")"
 subcommand=${1:-}
 case $subcommand in
-  speed | report) module=$subcommand; shift ;;
+  quick | speed | report) module=$subcommand; shift ;;
   random) module=random_returns; shift ;;
-  tune | staleness | freeze | lag | sigma) module=experiments ;;
-  *) echo "error: give a subcommand: speed, tune, staleness, freeze, lag, sigma, random, report" >&2; exit 2 ;;
+  tune | staleness | ant | freeze | lag | sigma | minigrid | metaworld | atari) module=experiments ;;
+  *) echo "error: give a subcommand: $(sed -n 's|^#  *./benchmark.sh \([a-z]*\).*|\1|p' "$0" | paste -sd ' ')" >&2; exit 2 ;;
 esac
 exec python -m "benchmark.$module" "$@"

@@ -20,7 +20,13 @@ from benchmark.runs import Run, rows, run_all
 
 GIPO = {"continuous": "gipo_continuous.py", "atari": "gipo_atari.py", "minigrid": "gipo_minigrid_vision.py"}
 STEPS = 150_000
+ATARI_STEPS = 1_000_000
+METAWORLD_STEPS = 300_000
+QUICK_STEPS = 100_000
+QUICK_STEPS_MINIGRID = 20_000
 LOCOMOTION = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
+
+FREEZE_AT = 24 * 2048  # 24 rollouts of 2048 steps hold all that is collected until then
 
 TUNING = ("Swimmer-v5", "Reacher-v5", "InvertedDoublePendulum-v5")
 TUNING_SEED = 101
@@ -42,6 +48,11 @@ GRID: dict[str, list[tuple[str, ...]]] = {
 RATES_WITHOUT_BANDWIDTH = ("1e-4", "2e-4", "3e-4", "5e-4", "1e-3", "2e-3")
 METHODS = tuple(GRID)
 COMPARED = ("gipo", "clip", "sapo", "tis", "none", "decoupled")
+# script and its surrogate; every other method is a surrogate of ppo_baseline.py
+OWN_SCRIPTS = {
+    "decoupled": ("benchmark/ppo_decoupled.py", "clip"),
+    "scaled-rate": ("benchmark/ppo_scaled_rate.py", "none"),
+}
 # nothing was ever chosen on them; far enough apart that no two runs share an environment's seed
 SEEDS = (11, 31, 51, 71, 91)
 
@@ -57,8 +68,8 @@ def run(method: str, env_id: str, seed: int, *flags, domain: str = "continuous")
     if method == "gipo":
         script, arguments = GIPO[domain], ()
     else:
-        script = "benchmark/ppo_decoupled.py" if method == "decoupled" else "ppo_baseline.py"
-        arguments = (domain, "--surrogate", "clip" if method == "decoupled" else method)
+        script, surrogate = OWN_SCRIPTS.get(method, ("ppo_baseline.py", method))
+        arguments = (domain, "--surrogate", surrogate)
     arguments += ("--env-id", env_id, "--seed", seed, *flags, "--eval-episodes", 0)
     return Run(method, script, tuple(map(str, arguments)))
 
@@ -69,8 +80,8 @@ def tune() -> Iterator[Run]:
             yield run(method, env_id, TUNING_SEED, "--total-timesteps", STEPS, "--buffer-epochs", epochs, *flags)
 
 
-def tuned(method: str) -> tuple[str, ...]:
-    """The best of a method's candidates: by the mean over K and tuning environments of scores scaled to [0, 1].
+def tuning_scores() -> dict[tuple[str, tuple[str, ...]], float]:
+    """The score of every candidate (method, flags): the mean over K and tuning environments, scaled to [0, 1].
 
     0 and 1 are the worst and the best final return that any method reached in that environment while tuning; a run
     that diverged counts as 0.
@@ -90,37 +101,49 @@ def tuned(method: str) -> tuple[str, ...]:
         low, high = min(returns[known["env_id"]]), max(returns[known["env_id"]])
         return (float(known["final_return"]) - low) / (high - low) if known["final_return"] else 0.0
 
-    def score(flags):
+    def score(method, flags):
         own = [one for one in runs if one.method == method and one.arguments[-2 - len(flags) : -2] == flags]
         return mean(scaled(found[one.command]) for one in own)
 
-    return max(candidates(method), key=score)
+    return {(method, flags): score(method, flags) for method in METHODS for flags in candidates(method)}
 
 
-def rate(method: str) -> tuple[str, str]:
-    """The learning rate among a method's tuned flags."""
-    flags = tuned(method)
-    at = flags.index("--learning-rate")
-    return flags[at : at + 2]
+def tuned(method: str) -> tuple[str, ...]:
+    """The best of a method's candidates."""
+    known = tuning_scores()
+    return max(candidates(method), key=lambda flags: known[method, flags])
 
 
-def grid(methods, seeds, *dials) -> Iterator[Run]:
-    """Tuned methods on the locomotion tasks under every dial, a tuple of flags; all methods of a seed side by side."""
-    flags = {method: tuned(method) for method in methods}
-    for seed, dial, env_id, method in itertools.product(seeds, dials, LOCOMOTION, methods):
-        yield run(method, env_id, seed, "--total-timesteps", STEPS, *dial, *flags[method])
+def bandwidth(method: str) -> tuple[str, ...]:
+    """A method's tuned flags without the learning rate, which other domains have their own of."""
+    return tuned(method)[:-2]
+
+
+def grid(methods, seeds, *dials, envs=LOCOMOTION, steps=STEPS) -> Iterator[Run]:
+    """Tuned methods on the environments under every dial, a tuple of flags; all methods of a seed side by side."""
+    flags = {method: tuned("gipo" if method == "scaled-rate" else method) for method in methods}
+    for seed, dial, env_id, method in itertools.product(seeds, dials, envs, methods):
+        yield run(method, env_id, seed, "--total-timesteps", steps, *dial, *flags[method])
+
+
+def buffers(*sizes: int) -> list[tuple[str, int]]:
+    """Dials: the size K of the replay buffer."""
+    return [("--buffer-epochs", k) for k in sizes]
 
 
 def staleness() -> Iterator[Run]:
-    dials = {k: ("--buffer-epochs", k) for k in (1, 2, 4, 8, 16, 32)}
-    yield from grid(COMPARED, SEEDS, dials[1], dials[8], dials[32])
-    yield from grid(("dual-clip", "spo"), SEEDS, dials[1], dials[8])
-    yield from grid(COMPARED, SEEDS, dials[2], dials[4], dials[16])
+    yield from grid(COMPARED, SEEDS, *buffers(1, 8, 32))
+    yield from grid(("scaled-rate",), SEEDS, *buffers(1, 8, 32))
+    yield from grid(("dual-clip", "spo"), SEEDS, *buffers(1, 8))
+    yield from grid(COMPARED, SEEDS, *buffers(2, 4, 16))
+
+
+def ant() -> Iterator[Run]:
+    yield from grid(("gipo", "clip", "sapo", "tis"), SEEDS, *buffers(1, 8, 32), envs=("Ant-v5",), steps=2 * STEPS)
 
 
 def freeze() -> Iterator[Run]:
-    # 24 rollouts of 2048 steps hold all that is collected until then
-    yield from grid(COMPARED, SEEDS, *(("--buffer-epochs", k, "--freeze-buffer-at", 24 * 2048) for k in (8, 24)))
+    yield from grid(COMPARED, SEEDS, *(("--buffer-epochs", k, "--freeze-buffer-at", FREEZE_AT) for k in (8, 24)))
 
 
 def lag() -> Iterator[Run]:
@@ -128,13 +151,49 @@ def lag() -> Iterator[Run]:
 
 
 def sigma() -> Iterator[Run]:
-    widths = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 2)
+    widths, rate = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 2), tuned("gipo")[-2:]
     for seed, k, env_id, width, share in itertools.product(SEEDS[:3], (1, 8), LOCOMOTION, widths, (1, 0.5)):
-        flags = ("--total-timesteps", STEPS, "--buffer-epochs", k, *rate("gipo"))
+        flags = ("--total-timesteps", STEPS, "--buffer-epochs", k, *rate)
         yield run("gipo", env_id, seed, *flags, "--sigma", width, "--sigma-neg", f"{width * share:g}")
 
 
-EXPERIMENTS = {"tune": tune, "staleness": staleness, "freeze": freeze, "lag": lag, "sigma": sigma}
+def discrete(method: str, env_id: str, seed: int, k: int, domain: str, *flags) -> Run:
+    """A run with discrete actions: the bandwidth that tuning chose, and the domain's common learning rate."""
+    return run(method, env_id, seed, *flags, "--buffer-epochs", k, *bandwidth(method), domain=domain)
+
+
+def minigrid() -> Iterator[Run]:
+    for seed, k, method in itertools.product(SEEDS[:3], (1, 8, 32), COMPARED):
+        yield discrete(method, "MiniGrid-Fetch-5x5-N2-v0", seed, k, "minigrid")
+    envs = ("MiniGrid-GoToObject-6x6-N2-v0", "MiniGrid-GoToDoor-5x5-v0")
+    for seed, env_id, method in itertools.product(SEEDS[:3], envs, ("gipo", "clip")):
+        yield discrete(method, env_id, seed, 8, "minigrid")
+
+
+def metaworld() -> Iterator[Run]:
+    # the stale regime of the method's authors: a buffer of 20,000 transitions, rollouts of an episode, batches of 512
+    regime = ("--num-envs", 1, "--num-steps", 512, "--num-minibatches", 1, "--buffer-epochs", 40)
+    tasks = ("reach-v3", "button-press-topdown-v3", "drawer-close-v3", "window-open-v3")
+    envs = [f"Meta-World/{task}" for task in tasks]
+    yield from grid(("gipo", "clip"), SEEDS[:3], regime, envs=envs, steps=METAWORLD_STEPS)
+
+
+def atari() -> Iterator[Run]:
+    for seed, game in ((SEEDS[0], "Pong"), (SEEDS[1], "Pong"), (SEEDS[0], "Breakout"), (SEEDS[0], "Freeway")):
+        for k, method in itertools.product((1, 8), ("gipo", "clip")):
+            yield discrete(method, f"ALE/{game}-v5", seed, k, "atari", "--total-timesteps", ATARI_STEPS)
+
+
+def quick() -> Iterator[Run]:
+    """What fits into ten minutes of two cores; no Atari game is learned in that time."""
+    yield from grid(("gipo", "clip"), SEEDS[:3], *buffers(1, 8), envs=("Hopper-v5",), steps=QUICK_STEPS)
+    for seed, k, method in itertools.product(SEEDS[:3], (1, 8), ("gipo", "clip")):
+        flags = ("--total-timesteps", QUICK_STEPS_MINIGRID)
+        yield discrete(method, "MiniGrid-Empty-5x5-v0", seed, k, "minigrid", *flags)
+
+
+ALL = (tune, staleness, ant, freeze, lag, sigma, minigrid, metaworld, atari, quick)
+EXPERIMENTS = {experiment.__name__: experiment for experiment in ALL}
 
 
 @dataclass

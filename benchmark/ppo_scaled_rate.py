@@ -7,7 +7,7 @@ mean weight that GIPO would give it, and all samples in it alike. (Scaling the l
 
     python benchmark/ppo_scaled_rate.py continuous --buffer-epochs 8
 
-`diff ppo_baseline.py benchmark/ppo_scaled_rate.py` shows what that takes; it needs an actor of its own: continuous only.
+`diff ppo_baseline.py benchmark/ppo_scaled_rate.py` shows what that takes. Only `continuous` has an actor of its own.
 """
 
 # /// script

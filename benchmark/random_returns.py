@@ -1,44 +1,58 @@
-"""Returns of random actions, the zero of the normalised scores.
+"""Returns and success of random actions in every environment that is reported; the returns are the zero of the scores.
 
 ./benchmark.sh random        # writes benchmark/results/random.csv
 """
 
 import csv
+from pathlib import Path
 
-import gymnasium as gym
-import numpy as np
+import torch
 import tyro
 
 from benchmark import runs
-from benchmark.experiments import LOCOMOTION
+from benchmark.experiments import EXPERIMENTS, GIPO
+from benchmark.scripts import load
 
 EPISODES = 100
-SEED = 0
+COLUMNS = ("env_id", "final_return", "final_success")
 
 
-def random_return(env_id: str) -> float:
-    """Mean return of random actions over EPISODES full episodes."""
-    env = gym.make(env_id)
-    env.action_space.seed(SEED)
-    returns = []
-    for episode in range(EPISODES):
-        env.reset(seed=SEED + episode)
-        total, over = 0.0, False
-        while not over:
-            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-            total, over = total + reward, terminated or truncated
-        returns.append(total)
-    return float(np.mean(returns))
+class RandomAgent:
+    """Stands in for an agent: uniform actions."""
+
+    def __init__(self, action_space):
+        self.action_space = action_space
+        self.action_space.seed(0)
+
+    def get_action_and_value(self, obs):
+        return torch.as_tensor(self.action_space.sample()), None, None, None
+
+
+def domain_of(env_id: str) -> str:
+    """Which of the scripts an environment belongs to."""
+    return {"ALE/": "atari", "Mini": "minigrid"}.get(env_id[:4], "continuous")
+
+
+def play(env_id: str) -> dict[str, float]:
+    """Means over EPISODES full episodes of random actions, under the tags of an evaluation."""
+    script = load(Path(GIPO[domain_of(env_id)]).stem)
+    ((args_of, (make_envs, _)),) = script.DOMAINS.items()
+    args = args_of(env_id=env_id, seed=0, eval_episodes=EPISODES)
+    envs = make_envs(args)
+    return script.evaluate(make_envs, RandomAgent(envs.action_space), args, torch.device("cpu"), Path())
 
 
 def main():
     """Play random actions and write benchmark/results/random.csv."""
-    found = [[env_id, f"{random_return(env_id):.6g}"] for env_id in LOCOMOTION]
+    names = {run.value("--env-id") for name, plan in EXPERIMENTS.items() if name != "tune" for run in plan()}
     runs.RESULTS.mkdir(exist_ok=True)
     with (runs.RESULTS / "random.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["env_id", "final_return"])
-        writer.writerows(found)
+        writer.writerow(COLUMNS)
+        for env_id in sorted(names):
+            found = play(env_id)
+            success = f"{found['eval/success_rate']:.6g}" if "eval/success_rate" in found else ""
+            writer.writerow([env_id, f"{found['eval/episodic_return']:.6g}", success])
 
 
 if __name__ == "__main__":

@@ -1,108 +1,72 @@
 """Figures and tables from benchmark/results/*.csv and nothing else; the same files give the same bytes.
 
-./benchmark.sh report        # rewrites the figures in docs/figures and the marked tables of README and docs
+./benchmark.sh report        # rewrites docs/figures and what stands between the markers of README and docs/results.md
+
+A cell of a table and a point of a figure stand for several runs, and appear once all of these are there.
 """
 
 import re
-import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from analysis.common import STYLES
-from benchmark import scores
-from benchmark.experiments import EXPERIMENTS
-from benchmark.runs import rows
+from benchmark import evidence, scores
+from benchmark.drawing import NAMES, SCALE, against, over_time
+from benchmark.evidence import Rows, Scale, by_flag, complete, pooled
+from benchmark.experiments import (
+    ATARI_STEPS,
+    COMPARED,
+    FREEZE_AT,
+    METHODS,
+    STEPS,
+    candidates,
+    tuned,
+    tuning_scores,
+)
+from benchmark.runs import Run, rows
+from benchmark.scores import Scores
 from benchmark.scripts import ROOT
 
 FIGURES = ROOT / "docs" / "figures"
-PAGES = [ROOT / "README.md"]
-NAMES = STYLES | {"decoupled": ("decoupled PPO", "#999999", (0, (5, 1)))}
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+DRIFT = ("abs_logratio_p95", "ess", "dead_fraction")
 
 
-@dataclass
-class References:
-    """What counts as 0 and as 1 in each environment: random actions, and PPO-clip on-policy."""
-
-    zero: dict[str, float]
-    one: dict[str, float]
+def number(found: tuple[float, float, float], digits: int = 2) -> str:
+    """A statistic with its interval, if there is one."""
+    pattern = "{:z.{d}f}" if np.isnan(found).any() else "{:z.{d}f} ({:z.{d}f} to {:z.{d}f})"
+    return pattern.format(*found, d=digits)
 
 
-def references() -> References:
-    """Random returns, and the mean final return of PPO-clip at K = 1 in the staleness experiment."""
-    done, on_policy = {row["command"]: row for row in rows("staleness")}, defaultdict(list)
-    zero = {row["env_id"]: float(row["final_return"]) for row in rows("random")}
-    for run in EXPERIMENTS["staleness"]():
-        if run.method == "clip" and run.value("--buffer-epochs") == "1":
-            if run.command not in done or run.value("--env-id") not in zero:
-                raise SystemExit("error: 0 and 1 are not known; run ./benchmark.sh random and staleness first.")
-            on_policy[run.value("--env-id")].append(float(done[run.command]["final_return"]))
-    return References(zero, {env: float(np.mean(values)) for env, values in on_policy.items()})
+def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """Markdown."""
+    head = list(head)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
-def by_dial(experiment: str, dial: str, column: str, known: References) -> dict[tuple[str, int], scores.Scores]:
-    """Normalised scores of an experiment by method and value of a dial (a flag), for those whose runs are all there.
-
-    A run that diverged counts as random actions do.
-    """
-    cells, missing = defaultdict(list), set()
-    done = {row["command"]: row for row in rows(experiment)}
-    for run in EXPERIMENTS[experiment]():
-        cell = run.method, int(run.value(dial))
-        cells[cell].append(done.get(run.command))
-        if run.command not in done:
-            missing.add(cell)
-    found = {}
-    for cell in cells.keys() - missing:
-        values = defaultdict(list)
-        for row in cells[cell]:
-            values[row["env_id"]].append(float(row[column] or known.zero[row["env_id"]]))
-        found[cell] = scores.normalize({env: np.array(x) for env, x in values.items()}, known.zero, known.one)
-    for method, value in sorted(missing):
-        print(f"{experiment}: left out, for runs are missing: {method} at {dial} {value}", file=sys.stderr)
-    return found
+def by_method(cells: dict[tuple[str, Hashable], str], columns: dict[Hashable, str]) -> str:
+    """Markdown: a line for each method that has a cell, and columns with their names."""
+    methods = [method for method in NAMES if any((method, x) in cells for x in columns)]
+    lines = ([NAMES[method][0], *(cells.get((method, x), "") for x in columns)] for method in methods)
+    return table(["", *columns.values()], lines)
 
 
-def cell(sample: scores.Scores | None) -> str:
-    """An interquartile mean with its interval; empty for what was not run."""
-    return "{:.2f} ({:.2f} to {:.2f})".format(*scores.iqm_with_interval(sample)) if sample else ""
-
-
-def table(found: dict[tuple[str, int], scores.Scores], dial: str) -> str:
-    """Markdown: a row for each method and a column for each dial value."""
-    values = sorted({value for _, value in found})
-    lines = ["| | " + " | ".join(f"{dial} = {value}" for value in values) + " |", "|---|" + "---|" * len(values)]
-    for method, (label, *_) in NAMES.items():
-        cells = [cell(found.get((method, value))) for value in values]
-        if any(cells):
-            lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def figure(found: dict[tuple[str, int], scores.Scores], dial: str, path: Path):
-    """Interquartile mean and interval against the dial, a line for each method."""
-    axes = plt.figure(figsize=(7, 4.2), layout="constrained").subplots()
-    for method, (label, color, line) in NAMES.items():
-        values = sorted(value for name, value in found if name == method)
-        if values:
-            middle, low, high = np.array([scores.iqm_with_interval(found[method, value]) for value in values]).T
-            axes.plot(values, middle, color=color, linestyle=line, marker="o", markersize=4, label=label)
-            axes.fill_between(values, low, high, color=color, alpha=0.12, linewidth=0)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({value for _, value in found})
-    axes.set_xticks(ticks, [str(value) for value in ticks])
-    axes.axhline(1, color="0.8", linewidth=1, zorder=0)
-    axes.set(xlabel=dial, ylabel="final return: random = 0, PPO on-policy = 1")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    FIGURES.mkdir(parents=True, exist_ok=True)
-    axes.figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(axes.figure)
+def verdicts(samples: dict[str, dict[str, Scores]], digits: int = 2) -> str:
+    """A sentence for each place with samples of GIPO and of PPO-clip, which the interval of the difference decides."""
+    sentences = []
+    for place, by in samples.items():
+        if {"gipo", "clip"} <= by.keys():
+            difference = scores.difference_with_interval(by["gipo"], by["clip"])
+            _, low, high = difference
+            outcome = "GIPO is ahead" if low > 0 else "PPO-clip is ahead" if high < 0 else "no difference is shown"
+            found = (scores.iqm_with_interval(by["gipo"]), scores.iqm_with_interval(by["clip"]), difference)
+            own, other, gap = (number(statistic, digits) for statistic in found)
+            sentences.append(f"{place}: GIPO {own}, PPO-clip {other}, difference {gap}: {outcome}.")
+    return " ".join(sentences)
 
 
 def fill(name: str, text: str):
@@ -117,13 +81,179 @@ def fill(name: str, text: str):
         raise ValueError(f"no page has the marker <!-- {name} -->")
 
 
+def intervals(cells: dict[Hashable, Scores], digits: int = 2) -> dict[Hashable, str]:
+    """Interquartile means with their intervals."""
+    return {key: number(scores.iqm_with_interval(sample), digits) for key, sample in cells.items()}
+
+
+def means(cells: dict[Hashable, Rows], *columns: str) -> dict[Hashable, str]:
+    """Means of columns over the runs of a cell that did not diverge."""
+
+    def mean(known, column):
+        return f"{np.mean([float(row[column]) for row in known if row[column]]):.2g}"
+
+    return {key: " / ".join(mean(known, column) for column in columns) for key, known in cells.items()}
+
+
+# ---------------------------------------------------- Experiments ----------------------------------------------------
+def tune():
+    known, lines = tuning_scores(), []
+    for method in METHODS:
+        chosen = tuned(method)
+        others = [known[method, flags] for flags in candidates(method) if flags != chosen]
+        spread = f"{min(others):.2f} to {max(others):.2f}"
+        lines.append([NAMES[method][0], f"`{' '.join(chosen)}`", f"{known[method, chosen]:.2f}", spread])
+    fill("tune", table(["", "chosen", "its score", "the other five"], lines))
+
+
+def staleness():
+    scale, cells = Scale(), complete("staleness", by_flag("--buffer-epochs"))
+    found = {key: scale(known) for key, known in cells.items()}
+    columns = {k: f"K = {k}" for k in sorted({k for _, k in cells})}
+    against(found, NAMES, FIGURES / "staleness.png", "rollouts K in the replay buffer")
+    fill("staleness", by_method(intervals(found), columns))
+    fill("staleness-drift", by_method(means(cells, *DRIFT), columns))
+    stale = {m: (cells[m, 8], cells[m, 32]) for m in NAMES if (m, 8) in cells and (m, 32) in cells}
+    pairs = {"K = 8 and 32 together": {m: pooled(scale, *stale[m]) for m in stale}}
+    pairs["K = 1"] = {m: sample for (m, k), sample in found.items() if k == 1}
+    fill("staleness-pooled", ranking(stale, scale))
+    fill("staleness-verdict", verdicts(pairs))
+
+
+def ranking(cells: dict[str, tuple[Rows, ...]], scale: Scale) -> str:
+    """Markdown: methods by the interquartile mean of their cells together, best first."""
+    final = {method: pooled(scale, *own) for method, own in cells.items()}
+    paper = evidence.min_max(known for method in COMPARED for known in cells.get(method, ()))
+    area, lines = Scale("mean_return"), []
+    for method in sorted(cells, key=lambda m: -scores.iqm_with_interval(final[m])[0]):
+        other = (pooled(column, *cells[method]) for column in (area, paper))
+        line = [NAMES[method][0], *(number(scores.iqm_with_interval(sample)) for sample in (final[method], *other))]
+        if "clip" in final and method != "clip":
+            compare = (scores.difference_with_interval, scores.probability_of_improvement)
+            line += [number(statistic(final[method], final["clip"])) for statistic in compare]
+        lines.append(line + [""] * (6 - len(line)))
+    return table(
+        ["", "final return", "mean return", "min-max", "ahead of PPO-clip by", "chance to beat PPO-clip"], lines
+    )
+
+
+def ant():
+    cells, scale = complete("ant", by_flag("--buffer-epochs")), Scale(experiment="ant")
+    found = {key: scale(known) for key, known in cells.items()}
+    fill("ant", by_method(intervals(found), {k: f"K = {k}" for k in (1, 8, 32)}))
+
+
+def freeze():
+    scale, cells = Scale(), complete("freeze", by_flag("--buffer-epochs"))
+    sizes = {k: f"K = {k}" for k in (8, 24)}
+
+    def curve(known):
+        low, unit = np.array([(scale.zero[row["env_id"]], scale.one[row["env_id"]]) for row in known]).T[..., None]
+        return scores.iqm((evidence.curves(known) - low) / (unit - low), axis=0)
+
+    panels = {
+        title: (STEPS, {method: curve(known) for (method, own), known in cells.items() if own == k})
+        for k, title in sizes.items()
+    }
+    over_time(panels, NAMES, FIGURES / "freeze.png", "return: " + SCALE, mark=FREEZE_AT)
+    found = {key: scale(known) for key, known in cells.items()}
+    fill("freeze", by_method(intervals(found), sizes))
+    fill("freeze-drift", by_method(means(cells, *DRIFT), sizes))
+    fill("freeze-verdict", verdicts({sizes[k]: {m: found[m, own] for m, own in found if own == k} for k in sizes}))
+
+
+def lag():
+    scale, cells = Scale(), complete("lag", by_flag("--policy-lag"))
+    found = {key: scale(known) for key, known in cells.items()}
+    against(found, NAMES, FIGURES / "lag.png", "policy lag L, iterations")
+    columns = {n: f"L = {n}" for n in (0, 2, 8, 16)}
+    fill("lag", by_method(intervals(found), columns))
+    fill("lag-drift", by_method(means(cells, *DRIFT), columns))
+
+
+def sigma():
+    def key(run):
+        width, k = float(run.value("--sigma")), int(run.value("--buffer-epochs"))
+        return (k, float(run.value("--sigma-neg")) / width), width
+
+    scale, cells = Scale(), complete("sigma", key)
+    found = {key: scale(known) for key, known in cells.items()}
+    lines = {(k, share): f"K = {k}, sigma_neg / sigma = {share:g}" for k in (1, 8) for share in (1, 0.5)}
+    looks = zip(("#0072B2", "#56B4E9", "#D55E00", "#E69F00"), ("-", "--", "-", "--"), strict=True)
+    styles = {line: (label, *look) for (line, label), look in zip(lines.items(), looks, strict=True)}
+    against(found, styles, FIGURES / "sigma.png", "sigma, in units of the joint log-ratio")
+    widths = sorted({width for _, width in cells})
+    texts = intervals(found)
+    by_width = ([label, *(texts.get((line, width), "") for width in widths)] for line, label in lines.items())
+    fill("sigma", table(["", *(f"{width:g}" for width in widths)], by_width))
+    ess = []
+    for k in (1, 8):
+        own = {width: scores.iqm_with_interval(found[(k, 1), width])[0] for width in widths if ((k, 1), width) in found}
+        best = max(own, key=own.get)
+        p95 = np.mean([float(row["abs_logratio_p95"]) for row in cells[(k, 1), best] if row["abs_logratio_p95"]])
+        s = evidence.drift(p95)
+        ess.append([f"K = {k}", f"{best:g}", f"{p95:.2g}", f"{s:.2g}", f"{evidence.widest_ess(s):.2f}"])
+    fill("sigma-ess", table(["", "best sigma", "its p95 of abs(log r)", "drift s", "sigma of the largest ESS"], ess))
+
+
+def env_and_k(run: Run) -> tuple[str, tuple[str, int]]:
+    """Key of a cell."""
+    return run.method, (run.value("--env-id"), int(run.value("--buffer-epochs")))
+
+
+def unscaled(experiment: str, *columns: str) -> dict[tuple[str, tuple[str, int]], Rows]:
+    """Tables of columns as they are, beside random actions, and of the drift; returns the cells by method, (env, K)."""
+    cells = complete(experiment, env_and_k)
+    places = {place: f"{re.sub('^(ALE|MiniGrid|Meta-World)[/-]', '', place[0])}, K = {place[1]}" for _, place in cells}
+    for column in columns:
+        random = evidence.zeros(column)
+        texts = intervals({key: evidence.values(known, column, random) for key, known in cells.items()})
+        texts |= {("random", place): f"{random[place[0]]:.2f}" for place in places}
+        fill(f"{experiment}-{column}", by_method(texts, places))
+    fill(f"{experiment}-drift", by_method(means(cells, *DRIFT), places))
+    return cells
+
+
+def compared(cells: dict[tuple[str, tuple[str, int]], Rows], column: str, digits: int = 2) -> str:
+    """Verdicts for each K, all its environments together."""
+    random, found = evidence.zeros(column), defaultdict(lambda: defaultdict(dict))
+    for (method, (_, k)), known in cells.items():
+        found[f"K = {k}"][method] |= evidence.values(known, column, random)
+    return verdicts(found, digits)
+
+
+def minigrid():
+    fill("minigrid-verdict", compared(unscaled("minigrid", "final_success"), "final_success"))
+
+
+def metaworld():
+    cells = unscaled("metaworld", "final_success", "final_return")
+    fill("metaworld-verdict", compared(cells, "final_success"))
+
+
+def atari():
+    cells = unscaled("atari", "final_return")
+    games = dict.fromkeys(env_id for _, (env_id, _) in cells)
+    draw_lines(cells, dict.fromkeys(games, ATARI_STEPS), FIGURES / "atari.png", "game score")
+
+
+def draw_lines(cells: dict[tuple[str, tuple[str, int]], Rows], steps: dict[str, int], path: Path, ylabel: str):
+    """Mean learning curves, a panel for each environment of `steps` and a line for each method and K."""
+    panels = {}
+    for env_id, total in steps.items():
+        own = {(method, k): known for (method, (env, k)), known in cells.items() if env == env_id}
+        panels[env_id] = total, {line: evidence.curves(known).mean(0) for line, known in own.items()}
+    lines = dict.fromkeys(line for _, curves in panels.values() for line in curves)
+    styles = {(m, k): (f"{NAMES[m][0]}, K = {k}", NAMES[m][1], "-" if k == 1 else "--") for m, k in lines}
+    over_time(panels, styles, path, ylabel)
+
+
 def main():
-    """Rewrite every figure and table from benchmark/results."""
+    """Rewrite every figure and table that benchmark/results has rows for."""
     matplotlib.use("Agg")
-    known = references()
-    found = by_dial("staleness", "--buffer-epochs", "final_return", known)
-    figure(found, "rollouts K in the replay buffer", FIGURES / "staleness.png")
-    fill("staleness", table(found, "K"))
+    for section in (tune, staleness, ant, freeze, lag, sigma, minigrid, metaworld, atari):
+        if rows(section.__name__):
+            section()
 
 
 if __name__ == "__main__":

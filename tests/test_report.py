@@ -2,35 +2,25 @@
 
 import csv
 import itertools
+import re
 
 import numpy as np
 import pytest
 
-from benchmark import experiments, report, runs
+from benchmark import evidence, experiments, quick, report, runs
 
 ENVS = {"HalfCheetah-v5": (-300.0, 1000.0), "Hopper-v5": (20.0, 500.0)}
-PAGE = "before\n<!-- staleness -->\nold\n<!-- end of staleness -->\nafter\n"
+SCORES = {("clip", 1): 1.0, ("clip", 8): 0.3, ("clip", 32): 0.1}
+MARKERS = ("staleness", "staleness-verdict", "staleness-pooled", "staleness-drift")
+PAGE = "".join(f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n" for name in MARKERS)
 
 
-@pytest.fixture
-def results(monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "RESULTS", tmp_path)
-    monkeypatch.setattr(report, "FIGURES", tmp_path / "figures")
-    monkeypatch.setattr(report, "PAGES", [tmp_path / "page.md"])
-    (tmp_path / "page.md").write_text(PAGE)
-    rng = np.random.default_rng(1)
-    known = []
-    planned = []
-    for env_id, seed, k, method in itertools.product(ENVS, (11, 12, 13), (1, 8), ("gipo", "clip")):
-        zero, one = ENVS[env_id]
-        score = {("clip", 1): 1.0, ("clip", 8): 0.3}.get((method, k), 0.9) + rng.normal(0, 0.05)
-        planned.append(experiments.run(method, env_id, seed, "--buffer-epochs", k))
-        row = {"command": planned[-1].command, "env_id": env_id, "seed": seed, "buffer_epochs": k, "method": method}
-        known.append(dict.fromkeys(runs.COLUMNS) | row | {"final_return": zero + score * (one - zero)})
-    monkeypatch.setitem(experiments.EXPERIMENTS, "staleness", lambda: planned)
-    write(tmp_path / "staleness.csv", known)
-    write(tmp_path / "random.csv", [{"env_id": env, "final_return": zero} for env, (zero, _) in ENVS.items()])
-    return tmp_path
+def made_up(run: runs.Run, final: float, **more) -> dict:
+    row = {"command": run.command, "env_id": run.value("--env-id"), "method": run.method}
+    drift = {"abs_logratio_p95": 0.5, "ess": 0.9, "dead_fraction": 0.1}
+    curve = " ".join([f"{final}"] * runs.CURVE_POINTS)
+    scores = {"final_return": final, "mean_return": final, "final_success": 0.5, "curve": curve}
+    return dict.fromkeys(runs.COLUMNS) | row | drift | scores | {"diverged": 0} | more
 
 
 def write(path, known):
@@ -40,9 +30,39 @@ def write(path, known):
         writer.writerows(known)
 
 
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(report, "PAGES", [tmp_path / "page.md"])
+    (tmp_path / "page.md").write_text(PAGE)
+    return tmp_path
+
+
+@pytest.fixture
+def results(folder, monkeypatch):
+    rng = np.random.default_rng(1)
+    known = []
+    planned = []
+    for env_id, seed, k, method in itertools.product(ENVS, (11, 12, 13), (1, 8, 32), ("gipo", "clip")):
+        zero, one = ENVS[env_id]
+        score = SCORES.get((method, k), 0.9) + rng.normal(0, 0.05)
+        planned.append(experiments.run(method, env_id, seed, "--buffer-epochs", k))
+        known.append(made_up(planned[-1], zero + score * (one - zero)))
+    monkeypatch.setitem(experiments.EXPERIMENTS, "staleness", lambda: planned)
+    write(folder / "staleness.csv", known)
+    write(folder / "random.csv", [{"env_id": env, "final_return": zero} for env, (zero, _) in ENVS.items()])
+    return folder
+
+
 def made(folder) -> tuple[bytes, str]:
     report.main()
     return (folder / "figures" / "staleness.png").read_bytes(), (folder / "page.md").read_text()
+
+
+def cells(page: str, method: str) -> list[list[str]]:
+    """The cells of a method's line in each table."""
+    return [line.strip("| ").split(" | ")[1:] for line in page.splitlines() if line.startswith(f"| {method} |")]
 
 
 def test_the_same_rows_make_the_same_bytes_and_fewer_make_others(results, capsys):
@@ -65,7 +85,8 @@ def test_a_run_that_diverged_counts_as_random(results):
     row["final_return"], row["diverged"] = "", 1
     write(results / "staleness.csv", known)
     _, diverged = made(results)
-    row["final_return"] = ENVS[row["env_id"]][0]
+    row["final_return"] = row["mean_return"] = ENVS[row["env_id"]][0]
+    row["diverged"] = 0
     write(results / "staleness.csv", known)
     assert made(results)[1] == diverged != whole
 
@@ -76,12 +97,71 @@ def test_a_page_without_the_marker_is_noticed(results):
         report.main()
 
 
-def test_the_table(results):
+def test_the_tables_of_staleness(results):
     _, page = made(results)
-    assert page.startswith("before\n<!-- staleness -->\n|") and page.endswith("|\n<!-- end of staleness -->\nafter\n")
-    lines = [line.split(" | ") for line in page.splitlines() if "PPO-clip" in line or "GIPO" in line]
-    gipo, clip = (dict(zip(("K = 1", "K = 8"), line[1:], strict=True)) for line in lines)
-    middle = {key: float(text.split()[0]) for key, text in clip.items()}
+    assert page.startswith("before\n<!-- staleness -->\n|") and page.endswith(
+        "|\n<!-- end of staleness-drift -->\nafter\n"
+    )
+    (gipo, gipo_pooled, _), (clip, clip_pooled, _) = cells(page, "GIPO"), cells(page, "PPO-clip")
+    middles = [[float(text.split()[0]) for text in line] for line in (gipo, clip)]
     # the mean of clip at K = 1 is the unit itself
-    assert middle["K = 1"] == pytest.approx(1, abs=0.06) and middle["K = 8"] == pytest.approx(0.3, abs=0.06)
-    assert float(gipo["K = 8"].split()[0]) == pytest.approx(0.9, abs=0.06)
+    np.testing.assert_allclose(middles, [[0.9, 0.9, 0.9], [1, 0.3, 0.1]], atol=0.06)
+    final, _, min_max, ahead, chance = (float(text.split()[0]) for text in gipo_pooled)
+    assert final == pytest.approx(0.9, abs=0.06) and ahead == pytest.approx(0.7, abs=0.06) and chance == 1
+    assert min_max > 0.85 and float(clip_pooled[2].split()[0]) < 0.3
+    assert page.index("| GIPO | " + gipo_pooled[0]) < page.index("| PPO-clip | " + clip_pooled[0])  # best first
+    stale, fresh = re.findall(r"K = [^:]*:.*?: ([^:.]*)\.", page)
+    assert stale == "GIPO is ahead" and fresh in ("PPO-clip is ahead", "no difference is shown")
+
+
+def test_every_experiment_has_its_place_on_the_real_pages(folder, monkeypatch):
+    monkeypatch.setattr(experiments, "tuned", lambda method: experiments.candidates(method)[0])
+    pages = [folder / "README.md", folder / "results.md"]
+    monkeypatch.setattr(report, "PAGES", pages)
+    for page, real in zip(pages, ("README.md", "docs/results.md"), strict=True):
+        page.write_text((report.ROOT / real).read_text().replace("Not run yet.", ""))
+    rng = np.random.default_rng(2)
+    plans = {name: list(plan()) for name, plan in experiments.EXPERIMENTS.items()}
+    for name, plan in plans.items():
+        write(folder / f"{name}.csv", [made_up(run, 100 + rng.normal()) for run in plan])
+    names = {run.value("--env-id") for plan in plans.values() for run in plan}
+    write(folder / "random.csv", [{"env_id": env, "final_return": 7, "final_success": 0.25} for env in names])
+    report.main()
+    text = pages[1].read_text()
+    for empty in re.findall(r"<!-- ([\w-]+) -->\n\s*<!-- end", text):
+        raise AssertionError(empty)
+    pictures = {path.name for path in (folder / "figures").iterdir()}
+    assert set(re.findall(r"\(figures/([\w.]+)\)", text)) <= pictures
+
+
+def test_drift_and_the_sigma_of_the_largest_effective_sample_size():
+    rng = np.random.default_rng(3)
+    for s, best in ((0.3, 0.76), (1.0, 0.95), (2.0, 1.10)):
+        x = rng.normal(-(s**2) / 2, s, 400_000)
+        assert evidence.drift(np.quantile(np.abs(x), 0.95)) == pytest.approx(s, rel=0.01)
+        assert evidence.widest_ess(s) == pytest.approx(best, abs=0.01)
+        coef = np.exp(x - x**2 / 2)
+        assert evidence.ess(1.0, s) == pytest.approx(coef.mean() ** 2 / (coef**2).mean(), rel=0.02)
+
+
+def test_quick_ends_with_a_figure_and_a_verdict_unless_a_run_failed(folder, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "tuned", lambda method: experiments.candidates(method)[0])
+    monkeypatch.setattr(quick, "WORK", folder)
+    failed = [1]
+
+    def run_all(experiment, plan, dry_run):
+        if failed[0]:
+            return failed[0]
+        rng = np.random.default_rng(4)
+        write(folder / "quick.csv", [made_up(run, (run.method == "gipo") * 100 + rng.normal()) for run in plan])
+        return 0
+
+    monkeypatch.setattr(experiments, "run_all", run_all)
+    write(folder / "random.csv", [{"env_id": env_id, "final_return": 0} for env_id in quick.STEPS])
+    assert quick.main() == 1
+    assert "GIPO" not in capsys.readouterr().out and not (folder / "quick.png").exists()
+    failed[0] = 0
+    assert quick.main() == 0
+    out = capsys.readouterr().out
+    assert out.count("GIPO is ahead") == 4 and all(f"{env_id}, return: K = 1: GIPO" in out for env_id in quick.STEPS)
+    assert (folder / "quick.png").exists()
