@@ -16,6 +16,7 @@
 #   ./benchmark.sh minigrid     pixels and words
 #   ./benchmark.sh metaworld    the stale regime of the method's authors
 #   ./benchmark.sh atari        Pong, Breakout and Freeway from pixels
+#   ./benchmark.sh peers        Stable-Baselines3's PPO and SAC, in an environment of their own: .venv-peers
 #   ./benchmark.sh report       figures and tables from these files
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -23,6 +24,12 @@ subcommand=${1:-}
 case $subcommand in
   quick | speed | report) module=$subcommand; shift ;;
   random) module=random_returns; shift ;;
+  peers)
+    module=experiments
+    if [[ ! -x .venv-peers/bin/python ]]; then
+      python -m venv .venv-peers && .venv-peers/bin/pip install -r benchmark/requirements-peers.txt
+    fi
+    ;;
   tune | staleness | ant | freeze | lag | sigma | minigrid | metaworld | atari) module=experiments ;;
   *) echo "error: give a subcommand: $(sed -n 's|^#  *./benchmark.sh \([a-z]*\).*|\1|p' "$0" | paste -sd ' ')" >&2; exit 2 ;;
 esac

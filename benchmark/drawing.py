@@ -1,6 +1,7 @@
 """The figures' common parts: lines in one style for each method, the same bytes for the same numbers."""
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,8 +15,11 @@ from benchmark.scores import Scores
 NAMES = STYLES | {
     "decoupled": ("decoupled PPO", "#999999", (0, (5, 1))),
     "scaled-rate": ("plain IS at GIPO's step size", "#000000", "-"),
+    "sb3-ppo": ("PPO of Stable-Baselines3", "#D55E00", ":"),
+    "sb3-sac": ("SAC of Stable-Baselines3", "#009E73", "-"),
     "random": ("random actions", "#000000", "-"),
 }
+STEPS_AXIS = "thousand environment steps"
 SCALE = "random = 0, PPO-clip at K = 1 is 1"
 
 
@@ -46,19 +50,29 @@ def against(found: dict[tuple[Hashable, float], Scores], styles: dict, path: Pat
     save(axes.figure, path)
 
 
-def over_time(panels: dict[str, tuple[int, dict]], styles: dict, path: Path, ylabel: str, mark: int | None = None):
-    """Learning curves (CURVE_POINTS,): by title a panel's steps and its lines; `mark` is a step to mark."""
+@dataclass
+class Panel:
+    """Learning curves: each line has the x at its end and the values (CURVE_POINTS,)."""
+
+    title: str
+    xlabel: str
+    lines: dict[Hashable, tuple[float, np.ndarray]]
+
+
+def over_time(panels: list[Panel], styles: dict, path: Path, ylabel: str, mark: float | None = None):
+    """Panels side by side, with an x to mark in each of them."""
     figure = plt.figure(figsize=(4 * len(panels) + 1.5, 3.6), layout="constrained")
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, (steps, lines)) in zip(row, panels.items(), strict=True):
-        x = (np.arange(CURVE_POINTS) + 0.5) / CURVE_POINTS * steps / 1000
+    shown = {}
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for line, (label, color, dashes) in styles.items():
-            if line in lines:
-                axes.plot(x, lines[line], color=color, linestyle=dashes, label=label)
+            if line in panel.lines:
+                end, values = panel.lines[line]
+                x = (np.arange(CURVE_POINTS) + 0.5) / CURVE_POINTS * end
+                (shown[label],) = axes.plot(x, values, color=color, linestyle=dashes)
         if mark:
-            axes.axvline(mark / 1000, color="0.6", linewidth=0.8)
-        axes.set_title(title, fontsize=10)
-        axes.set(xlabel="thousand environment steps", ylabel=ylabel)
+            axes.axvline(mark, color="0.6", linewidth=0.8)
+        axes.set_title(panel.title, fontsize=10)
+        axes.set(xlabel=panel.xlabel, ylabel=ylabel)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(shown.values(), shown.keys(), loc="outside right center", frameon=False, fontsize=8)
     save(figure, path)

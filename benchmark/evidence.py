@@ -61,6 +61,11 @@ class Scale:
     def __call__(self, known: Rows) -> Scores:
         return scores.normalize(values(known, self.column, self.zero), self.zero, self.one)
 
+    def curve(self, known: Rows) -> np.ndarray:
+        """Learning curve (CURVE_POINTS,): interquartile mean of all runs at each point."""
+        low, unit = np.array([(self.zero[row["env_id"]], self.one[row["env_id"]]) for row in known]).T[..., None]
+        return scores.iqm((curves(known) - low) / (unit - low), axis=0)
+
 
 def min_max(cells: Iterable[Rows]) -> Callable[[Rows], Scores]:
     """Scores of the final return in which 0 and 1 are an environment's worst and best run among all these cells."""

@@ -17,6 +17,7 @@ from typing import Literal
 import tyro
 
 from benchmark.runs import Run, rows, run_all
+from benchmark.scripts import ROOT
 
 GIPO = {"continuous": "gipo_continuous.py", "atari": "gipo_atari.py", "minigrid": "gipo_minigrid_vision.py"}
 STEPS = 150_000
@@ -53,6 +54,7 @@ OWN_SCRIPTS = {
     "decoupled": ("benchmark/ppo_decoupled.py", "clip"),
     "scaled-rate": ("benchmark/ppo_scaled_rate.py", "none"),
 }
+PEERS = ROOT / ".venv-peers" / "bin" / "python"
 # nothing was ever chosen on them; far enough apart that no two runs share an environment's seed
 SEEDS = (11, 31, 51, 71, 91)
 
@@ -184,6 +186,12 @@ def atari() -> Iterator[Run]:
             yield discrete(method, f"ALE/{game}-v5", seed, k, "atari", "--total-timesteps", ATARI_STEPS)
 
 
+def peers() -> Iterator[Run]:
+    for seed, env_id, algorithm in itertools.product(SEEDS[:3], LOCOMOTION, ("ppo", "sac")):
+        arguments = ("--algorithm", algorithm, "--env-id", env_id, "--seed", seed, "--total-timesteps", STEPS)
+        yield Run(f"sb3-{algorithm}", "benchmark/sb3_agent.py", tuple(map(str, arguments)), PEERS)
+
+
 def quick() -> Iterator[Run]:
     """What fits into ten minutes of two cores; no Atari game is learned in that time."""
     yield from grid(("gipo", "clip"), SEEDS[:3], *buffers(1, 8), envs=("Hopper-v5",), steps=QUICK_STEPS)
@@ -192,7 +200,7 @@ def quick() -> Iterator[Run]:
         yield discrete(method, "MiniGrid-Empty-5x5-v0", seed, k, "minigrid", *flags)
 
 
-ALL = (tune, staleness, ant, freeze, lag, sigma, minigrid, metaworld, atari, quick)
+ALL = (tune, staleness, ant, freeze, lag, sigma, minigrid, metaworld, atari, peers, quick)
 EXPERIMENTS = {experiment.__name__: experiment for experiment in ALL}
 
 

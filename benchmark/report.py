@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 from benchmark import evidence, scores
-from benchmark.drawing import NAMES, SCALE, against, over_time
+from benchmark.drawing import NAMES, SCALE, STEPS_AXIS, Panel, against, over_time
 from benchmark.evidence import Rows, Scale, by_flag, complete, pooled
 from benchmark.experiments import (
     ATARI_STEPS,
@@ -147,15 +147,11 @@ def freeze():
     scale, cells = Scale(), complete("freeze", by_flag("--buffer-epochs"))
     sizes = {k: f"K = {k}" for k in (8, 24)}
 
-    def curve(known):
-        low, unit = np.array([(scale.zero[row["env_id"]], scale.one[row["env_id"]]) for row in known]).T[..., None]
-        return scores.iqm((evidence.curves(known) - low) / (unit - low), axis=0)
+    def lines(k):
+        return {method: (STEPS / 1000, scale.curve(known)) for (method, own), known in cells.items() if own == k}
 
-    panels = {
-        title: (STEPS, {method: curve(known) for (method, own), known in cells.items() if own == k})
-        for k, title in sizes.items()
-    }
-    over_time(panels, NAMES, FIGURES / "freeze.png", "return: " + SCALE, mark=FREEZE_AT)
+    panels = [Panel(title, STEPS_AXIS, lines(k)) for k, title in sizes.items()]
+    over_time(panels, NAMES, FIGURES / "freeze.png", "return: " + SCALE, mark=FREEZE_AT / 1000)
     found = {key: scale(known) for key, known in cells.items()}
     fill("freeze", by_method(intervals(found), sizes))
     fill("freeze-drift", by_method(means(cells, *DRIFT), sizes))
@@ -237,13 +233,31 @@ def atari():
     draw_lines(cells, dict.fromkeys(games, ATARI_STEPS), FIGURES / "atari.png", "game score")
 
 
+def peers():
+    scale, own = Scale(), complete("staleness", by_flag("--buffer-epochs"))
+    cells = {method: own[method, 1] for method in ("gipo", "clip") if (method, 1) in own}
+    cells |= complete("peers", lambda run: run.method)
+    minutes = {
+        m: np.median([float(row["seconds"]) for row in known if row["seconds"]]) / 60 for m, known in cells.items()
+    }
+    curves = {method: scale.curve(known) for method, known in cells.items()}
+    panels = [
+        Panel("by data", STEPS_AXIS, {method: (STEPS / 1000, curve) for method, curve in curves.items()}),
+        Panel("by time", "minutes of a core", {method: (minutes[method], curve) for method, curve in curves.items()}),
+    ]
+    over_time(panels, NAMES, FIGURES / "peers.png", "return: " + SCALE)
+    finals = intervals({method: scale(known) for method, known in cells.items()})
+    lines = ([NAMES[m][0], finals[m], f"{minutes[m]:.1f}"] for m in NAMES if m in cells)
+    fill("peers", table(["", "final return", "minutes"], lines))
+
+
 def draw_lines(cells: dict[tuple[str, tuple[str, int]], Rows], steps: dict[str, int], path: Path, ylabel: str):
     """Mean learning curves, a panel for each environment of `steps` and a line for each method and K."""
-    panels = {}
-    for env_id, total in steps.items():
-        own = {(method, k): known for (method, (env, k)), known in cells.items() if env == env_id}
-        panels[env_id] = total, {line: evidence.curves(known).mean(0) for line, known in own.items()}
-    lines = dict.fromkeys(line for _, curves in panels.values() for line in curves)
+    panels = [Panel(env_id, STEPS_AXIS, {}) for env_id in steps]
+    for (method, (env_id, k)), known in cells.items():
+        end = steps[env_id] / 1000
+        panels[list(steps).index(env_id)].lines[method, k] = end, evidence.curves(known).mean(0)
+    lines = dict.fromkeys(line for panel in panels for line in panel.lines)
     styles = {(m, k): (f"{NAMES[m][0]}, K = {k}", NAMES[m][1], "-" if k == 1 else "--") for m, k in lines}
     over_time(panels, styles, path, ylabel)
 
@@ -251,7 +265,7 @@ def draw_lines(cells: dict[tuple[str, tuple[str, int]], Rows], steps: dict[str, 
 def main():
     """Rewrite every figure and table that benchmark/results has rows for."""
     matplotlib.use("Agg")
-    for section in (tune, staleness, ant, freeze, lag, sigma, minigrid, metaworld, atari):
+    for section in (tune, staleness, ant, freeze, lag, sigma, minigrid, metaworld, atari, peers):
         if rows(section.__name__):
             section()
 

@@ -62,11 +62,12 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: the name of the method, the script relative to the root, and its arguments."""
+    """One training run: the name of the method, the script relative to the root, its arguments and its interpreter."""
 
     method: str
     script: str
     arguments: tuple[str, ...]
+    python: Path = Path(sys.executable)
 
     @property
     def command(self) -> str:
@@ -130,7 +131,8 @@ def row(run: Run, folder: Path) -> dict:
     found |= {"final_return": last_tenth("charts/episodic_return"), "mean_return": f"{returns.mean():.6g}"}
     found["final_success"] = last_tenth("charts/success_rate")
     found |= {tag.split("/")[1]: last_tenth(tag) for tag in AT_THE_END}
-    found["versions"] = " ".join(f"{name}={importlib.metadata.version(name)}" for name in PACKAGES)
+    own = " ".join(f"{name}={importlib.metadata.version(name)}" for name in PACKAGES)
+    found["versions"] = args.get("versions", own)  # another interpreter has others
     found["curve"] = " ".join(f"{value:.6g}" for value in returns)
     return found
 
@@ -150,7 +152,7 @@ def execute(run: Run) -> dict:
             shutil.rmtree(run.folder / "runs", ignore_errors=True)
             started.write_text(current)
             arguments = run.arguments
-        command = [sys.executable, str(ROOT / run.script), *arguments]
+        command = [str(run.python), str(ROOT / run.script), *arguments]
         start, size = time.monotonic(), log.tell()
         single = os.environ | {"OMP_NUM_THREADS": "1"}
         code = subprocess.run(command, cwd=run.folder, env=single, stdout=log, stderr=log).returncode

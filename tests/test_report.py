@@ -19,7 +19,7 @@ def made_up(run: runs.Run, final: float, **more) -> dict:
     row = {"command": run.command, "env_id": run.value("--env-id"), "method": run.method}
     drift = {"abs_logratio_p95": 0.5, "ess": 0.9, "dead_fraction": 0.1}
     curve = " ".join([f"{final}"] * runs.CURVE_POINTS)
-    scores = {"final_return": final, "mean_return": final, "final_success": 0.5, "curve": curve}
+    scores = {"final_return": final, "mean_return": final, "final_success": 0.5, "curve": curve, "seconds": 60}
     return dict.fromkeys(runs.COLUMNS) | row | drift | scores | {"diverged": 0} | more
 
 
