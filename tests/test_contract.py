@@ -82,6 +82,11 @@ def test_definitions_that_the_baseline_shares_are_identical(name):
     assert {key for key in own if own[key] != baseline[key]} == LOSS
 
 
+@pytest.mark.parametrize("key", ["policy_loss", "diagnostics", "BadInput", "require"])
+def test_the_distributed_script_has_the_same_loss(key):
+    assert definitions("gipo_rllib")[key] == definitions("gipo_continuous")[key]
+
+
 @pytest.mark.parametrize("name", GIPO)
 def test_sections_differ_in_the_loss_alone(name):
     own, baseline = sections(name), sections("ppo_baseline")

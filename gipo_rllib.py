@@ -1,0 +1,367 @@
+"""GIPO on Ray RLlib's asynchronous engine: APPO's actors and circular buffer, GIPO's loss in the place of its clip.
+
+    loss = -mean(w * r * A),  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2)) without gradient
+
+mu is the policy that acted, some updates ago, on another process or machine; A are V-trace's advantages.
+
+    pip install -r requirements-rllib.txt                         # an environment of its own
+    python gipo_rllib.py                                          # CartPole, two actors on this machine
+    python gipo_rllib.py --env-id Pendulum-v1 --buffer-batches 32
+    python gipo_rllib.py --env-id ALE/Pong-v5 --num-env-runners 32 --num-learners 1 --num-gpus 1 --address auto
+    python gipo_rllib.py --resume runs/RUN
+    tensorboard --logdir runs
+
+--surrogate clip is APPO's own loss at the same settings.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import ray
+import torch
+import tyro
+from ray.rllib.algorithms.appo import APPOConfig
+from ray.rllib.algorithms.appo.torch.appo_torch_learner import APPOTorchLearner
+from ray.rllib.algorithms.impala.torch.vtrace_torch_v2 import make_time_major, vtrace_torch
+from ray.rllib.connectors.env_to_module import MeanStdFilter
+from ray.rllib.connectors.env_to_module.frame_stacking import FrameStackingEnvToModule
+from ray.rllib.connectors.learner.frame_stacking import FrameStackingLearner
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.apis import TARGET_NETWORK_ACTION_DIST_INPUTS
+from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+from ray.rllib.env.wrappers.atari_wrappers import wrap_atari_for_new_api_stack
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
+from ray.tune.registry import register_env
+from tensorboardX import SummaryWriter
+
+CHECKPOINT = "checkpoint"  # in the run's folder, as is ARGS
+ARGS = "args.json"
+SHOWN = ("charts/episodic_return", "offpolicy/age_mean", "offpolicy/abs_logratio_p95", "charts/SPS")
+
+
+@dataclass(kw_only=True)
+class Args:
+    """GIPO on RLlib's APPO."""
+
+    env_id: str = "CartPole-v1"
+    """environment id: vectors or ALE/*-v5, with discrete or continuous actions"""
+    seed: int = 1
+    """seed of the actors' environments and of the learners; the order of batches is never the same twice"""
+    total_timesteps: int = 300_000
+    """environment steps in all, summed over the actors (1e5 to 1e9)"""
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the name of the run's folder"""
+    address: str | None = None
+    """Ray cluster to join, as in ray.init; none starts a local one"""
+    resume: Path | None = None
+    """go on with the run in this folder; all other flags but --address and --total-timesteps then come from there"""
+    checkpoint_interval: int = 10
+    """iterations between checkpoints, each of which replaces the last (1 to 100); one more is saved at the end"""
+    iteration_seconds: float = 5.0
+    """shortest time between two lines of the log (1 to 60)"""
+
+    num_env_runners: int = 2
+    """actors, one process and one core each (1 to 1000)"""
+    num_envs: int = 4
+    """environments per actor (1 to 64)"""
+    num_steps: int = 50
+    """steps per environment that an actor sends at a time (20 to 200)"""
+    num_learners: int = 0
+    """learner processes; 0 learns in the main process (0 to 8)"""
+    num_gpus: int = 0
+    """GPUs per learner (0 or 1)"""
+
+    batch_size: int = 500
+    """transitions of one gradient step of a learner (200 to 4000)"""
+    buffer_batches: int = 8
+    """batches that the circular buffer keeps; more is staler data (1 to 64)"""
+    buffer_reuse: int = 2
+    """how often a batch may be learned from before it is dropped (1 to 32)"""
+    learning_rate: float = 5e-4
+    """Adam's step size (1e-4 to 1e-3)"""
+    gamma: float = 0.99
+    """discount factor (0.9 to 0.999)"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus (0 to 0.02)"""
+    vf_coef: float = 0.5
+    """weight of the value loss (0.05 to 1)"""
+    max_grad_norm: float = 20.0
+    """largest norm of the gradient; a longer one is scaled down to it (0.5 to 40)"""
+
+    surrogate: Literal["gipo", "clip"] = "gipo"
+    """policy loss; clip is APPO's own"""
+    sigma: float = 0.5
+    """gipo: width of the weight, in units of the joint log-ratio (0.2 to 2)"""
+    sigma_neg: float | None = None
+    """gipo: width where the advantage is not positive, an absolute value; none is the same as sigma (0.1 to 2)"""
+    clip_coef: float = 0.4
+    """clip: how far the ratio to the target network may go from 1 (0.1 to 0.4)"""
+
+    def __post_init__(self):
+        self.sigma_neg = self.sigma if self.sigma_neg is None else self.sigma_neg
+        at_least = {"num-env-runners": 1, "num-envs": 1, "num-steps": 2, "num-learners": 0, "num-gpus": 0}
+        at_least |= {"batch-size": 2, "buffer-batches": 1, "buffer-reuse": 1, "total-timesteps": 1, "seed": 0}
+        at_least |= {"checkpoint-interval": 1, "ent-coef": 0, "vf-coef": 0, "iteration-seconds": 0}
+        for flag, low in at_least.items():
+            value = getattr(self, flag.replace("-", "_"))
+            require(low <= value < math.inf, f"--{flag} {value}: give a number of {low} or more.")
+        for flag in ("sigma", "sigma-neg", "clip-coef", "learning-rate", "max-grad-norm"):
+            value = getattr(self, flag.replace("-", "_"))
+            require(1e-6 < value < math.inf, f"--{flag} {value}: give a number above 0.")
+        require(0 <= self.gamma <= 1, f"--gamma {self.gamma}: give a number from 0 to 1.")
+
+
+class BadInput(ValueError):
+    """A mistake in the command line: one sentence that names the flag and the fix, shown without a traceback."""
+
+
+def require(condition: bool, message: str):
+    """Raise `BadInput(message)` unless the condition holds (NaN compares false, so it never passes a range)."""
+    if not condition:
+        raise BadInput(message)
+
+
+# ------------------------------------------------------- Loss --------------------------------------------------------
+def policy_loss(logratio, advantages, args: Args):
+    """GIPO: the importance ratio times a Gaussian in its logarithm, through which no gradient flows (Lu et al. 2026).
+
+    logratio = log pi(a|s) - log mu(a|s), joint over action dimensions, and advantages are (B,). Returns the loss and,
+    detached, the coefficient c of each sample, whose gradient is -c A grad log pi / B; at most exp(sigma^2 / 2).
+    """
+    # exp(logratio) * exp(-z^2 / 2) in one exponential, which cannot overflow
+    z = torch.where(advantages > 0, logratio.detach() / args.sigma, logratio.detach() / args.sigma_neg)
+    coef = torch.exp(logratio - 0.5 * z**2)
+    return -(coef * advantages).mean(), coef.detach()
+
+
+def diagnostics(logratio, coef) -> dict[str, torch.Tensor]:
+    """How far the policy is from those that collected samples (B,), and how many still teach; all scalars."""
+    ratio = logratio.clamp(max=20).exp()  # float32 overflows at exp(88)
+    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, for squares overflow too
+    return {
+        "losses/approx_kl": (ratio - 1 - logratio).mean(),
+        "losses/clipfrac": ((ratio - 1).abs() > 0.2).float().mean(),
+        "offpolicy/abs_logratio_p95": logratio.abs().quantile(0.95),
+        "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
+        "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
+        "offpolicy/coef_mean": coef.mean(),
+    }
+
+
+def clip_loss(logratio, old_logratio, pg_advantages, args: Args):
+    """APPO's loss and coefficients: what is clipped is the ratio to the target network.
+
+    old_logratio = log pi_target(a|s) - log mu(a|s); V-trace's pg_advantages are scaled by its exponential, 1 at most.
+    """
+    ratio = torch.exp(-old_logratio).clamp(0, 2) * torch.exp(logratio)
+    low, high = 1 - args.clip_coef, 1 + args.clip_coef
+    objective = torch.min(ratio * pg_advantages, ratio.clamp(low, high) * pg_advantages)
+    inside = torch.where(pg_advantages > 0, ratio <= high, ratio >= low)
+    coef = ratio * inside * torch.exp(old_logratio).clamp(max=1)
+    return -objective.mean(), coef.detach()
+
+
+class Learner(APPOTorchLearner):
+    """APPO's learner with the policy loss that --surrogate names, and the scripts' diagnostics."""
+
+    def compute_loss_for_module(self, *, module_id, config, batch, fwd_out):
+        args, module = config.learner_config_dict["args"], self.module[module_id].unwrapped()
+        mask = batch[Columns.LOSS_MASK]  # false in the row that APPO adds to bootstrap from
+        distribution = module.get_train_action_dist_cls()
+        policy = distribution.from_logits(fwd_out[Columns.ACTION_DIST_INPUTS])
+        target = distribution.from_logits(module.forward_target(batch)[TARGET_NETWORK_ACTION_DIST_INPUTS])
+        logprobs = batch[Columns.ACTION_LOGP]
+        logratio = policy.logp(batch[Columns.ACTIONS]) - logprobs
+        old_logprobs = target.logp(batch[Columns.ACTIONS])
+
+        # V-trace, (T, B) from here
+        def rows(tensor):
+            return make_time_major(tensor, trajectory_len=config.get_rollout_fragment_length())
+
+        values = rows(module.compute_values(batch, embeddings=fwd_out.get(Columns.EMBEDDINGS)))
+        rewards, in_time = rows(batch[Columns.REWARDS]), rows(mask.float())
+        discounts = config.gamma * (1 - rows(batch[Columns.TERMINATEDS].float())) * in_time
+        bootstrap = values[0].roll(-1)  # the last one follows a row of the mask
+        targets, pg_advantages = vtrace_torch(
+            target_action_log_probs=rows(old_logprobs),
+            behaviour_action_log_probs=rows(logprobs),
+            discounts=discounts,
+            rewards=rewards,
+            values=values,
+            bootstrap_values=bootstrap,
+            clip_rho_threshold=config.vtrace_clip_rho_threshold,
+            clip_pg_rho_threshold=config.vtrace_clip_pg_rho_threshold,
+        )
+        valid = in_time > 0
+
+        # Policy loss
+        if args.surrogate == "gipo":
+            # without V-trace's own ratio, for the weight has one
+            next_targets = torch.cat([targets[1:], bootstrap.unsqueeze(0)])
+            advantages = (rewards + discounts * next_targets - values).detach()
+            pg_loss, coef = policy_loss(rows(logratio)[valid], advantages[valid], args)
+        else:
+            old_logratio = rows(old_logprobs - logprobs)
+            pg_loss, coef = clip_loss(rows(logratio)[valid], old_logratio[valid], pg_advantages[valid], args)
+
+        # Value loss
+        v_loss = 0.5 * ((values - targets)[valid] ** 2).mean()
+
+        entropy_loss = policy.entropy()[mask].mean()
+        age = (self._weights_seq_no - batch[WEIGHTS_SEQ_NO][mask]).float()
+        scalars = diagnostics(rows(logratio)[valid].detach(), coef)
+        scalars |= {"losses/policy_loss": pg_loss, "losses/value_loss": v_loss, "losses/entropy": entropy_loss}
+        scalars |= {"offpolicy/age_mean": age.mean(), "offpolicy/age_max": age.max()}
+        self.metrics.log_dict({tag: value.detach() for tag, value in scalars.items()}, key=module_id, window=100)
+        return pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+
+
+# ------------------------------------------------------- Engine -------------------------------------------------------
+def make_config(args: Args) -> APPOConfig:
+    """RLlib's settings for these flags; `BadInput` if the environment does not fit."""
+    with_pixels = args.env_id.startswith("ALE/")
+
+    def make_env(_):
+        if with_pixels:
+            import ale_py
+
+            gym.register_envs(ale_py)  # in each actor's process
+            return wrap_atari_for_new_api_stack(gym.make(args.env_id, frameskip=1), dim=84)
+        return gym.make(args.env_id)
+
+    try:
+        continuous = isinstance(make_env(None).action_space, gym.spaces.Box)
+    except gym.error.Error as error:
+        raise BadInput(f"--env-id {args.env_id}: {error}") from None
+    register_env(args.env_id, make_env)
+    layers = {"fcnet_hiddens": [64, 64], "fcnet_activation": "tanh"}
+    model = DefaultModelConfig(**layers, free_log_std=continuous, vf_share_layers=False)
+    if with_pixels:
+        filters = [[32, 8, 4], [64, 4, 2], [64, 3, 1]]  # Mnih et al. 2015
+        model = DefaultModelConfig(conv_filters=filters, head_fcnet_hiddens=[512], vf_share_layers=True)
+    prepare = partial(FrameStackingEnvToModule, num_frames=4) if with_pixels else MeanStdFilter
+    config = APPOConfig().environment(args.env_id, clip_rewards=with_pixels)
+    config.env_runners(
+        num_env_runners=args.num_env_runners,
+        num_envs_per_env_runner=args.num_envs,
+        rollout_fragment_length=args.num_steps,
+        env_to_module_connector=lambda *_, **__: prepare(),
+    )
+    config.learners(
+        num_learners=args.num_learners,
+        num_gpus_per_learner=args.num_gpus,
+        learner_class=Learner,
+        learner_config_dict={"args": args},
+        learner_connector=(lambda *_, **__: FrameStackingLearner(num_frames=4)) if with_pixels else None,
+    )
+    config.training(
+        lr=args.learning_rate,
+        gamma=args.gamma,
+        grad_clip=args.max_grad_norm,
+        train_batch_size_per_learner=args.batch_size,
+        circular_buffer_num_batches=args.buffer_batches,
+        circular_buffer_iterations_per_batch=args.buffer_reuse,
+        clip_param=args.clip_coef,
+        entropy_coeff=args.ent_coef,
+        vf_loss_coeff=args.vf_coef,
+        use_kl_loss=False,
+    )
+    config.rl_module(model_config=model)
+    config.fault_tolerance(restart_failed_env_runners=True)
+    config.reporting(min_time_s_per_iteration=args.iteration_seconds)
+    return config.debugging(seed=args.seed, log_level="ERROR")
+
+
+def read_args() -> Args:
+    """Flags, over those of the run that --resume names; a mistake exits with 2."""
+    args = tyro.cli(Args, description=__doc__)
+    if not args.resume:
+        return args
+    try:
+        saved = json.loads((args.resume / ARGS).read_text())
+        require((args.resume / CHECKPOINT).is_dir(), "no checkpoint")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--resume {args.resume}: give the folder of a run with a checkpoint ({error}).") from None
+    return tyro.cli(Args, default=Args(**saved | {"resume": args.resume}))
+
+
+def scalars_of(result: dict) -> dict[str, float]:
+    """What RLlib reports of an iteration, under the scripts' tags."""
+    actors, tolerance = result["env_runners"], result["fault_tolerance"]
+    scalars = {
+        "charts/episodic_return": actors.get("episode_return_mean"),
+        "charts/episodic_length": actors.get("episode_len_mean"),
+        "charts/healthy_actors": tolerance.get("num_healthy_workers"),
+        "charts/actor_restarts": tolerance.get("num_remote_worker_restarts"),
+    }
+    learner = result.get("learners", {}).get("default_policy", {})
+    scalars |= {tag: value for tag, value in learner.items() if tag.startswith(("losses/", "offpolicy/"))}
+    return {tag: float(value) for tag, value in scalars.items() if value is not None and np.isfinite(value)}
+
+
+def main(args: Args):
+    config = make_config(args)
+    ray.init(address=args.address, include_dashboard=False if args.address is None else None, log_to_driver=False)
+    algorithm = config.build_algo()
+    if args.resume:
+        algorithm.restore_from_path(str((args.resume / CHECKPOINT).absolute()))
+    run_name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+    folder = args.resume or Path("runs", run_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("resume", "address")}
+    (folder / ARGS).write_text(json.dumps(saved, indent=1))
+    writer = SummaryWriter(str(folder))
+    stops = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda received, _: stops.append(received))
+
+    step, restarts, first = 0, 0, None
+    for iteration in itertools.count(1):
+        result = algorithm.train()
+        if not result["num_env_steps_sampled_lifetime"]:
+            continue  # the actors are still starting
+        step = int(result["num_env_steps_sampled_lifetime"])
+        first = first or (step, time.time())
+        scalars = scalars_of(result)
+        if step > first[0]:
+            scalars["charts/SPS"] = (step - first[0]) / (time.time() - first[1])
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, step)
+        shown = (f"{tag.split('/')[1]} {scalars[tag]:.3g}" for tag in SHOWN if tag in scalars)
+        print(f"step {step}: {', '.join(shown)}", flush=True)
+        if scalars["charts/actor_restarts"] > restarts:
+            restarts = scalars["charts/actor_restarts"]
+            print(f"an actor died and was started again; {restarts:.0f} restarts so far", flush=True)
+        last = stops or step >= args.total_timesteps
+        if last or iteration % args.checkpoint_interval == 0:
+            algorithm.save_to_path(str((folder / CHECKPOINT).absolute()))
+        if last:
+            break
+    writer.close()
+    algorithm.stop()
+    ray.shutdown()
+    if stops:
+        print(f"stopped after step {step}; go on with --resume {folder}")
+        sys.exit(128 + stops[0])
+
+
+if __name__ == "__main__":
+    try:
+        args = read_args()
+        make_config(args)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    main(args)
