@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
-import numpy as np
 import ray
 import torch
 import tyro
@@ -306,9 +305,9 @@ def scalars_of(result: dict) -> dict[str, float]:
         "charts/healthy_actors": tolerance.get("num_healthy_workers"),
         "charts/actor_restarts": tolerance.get("num_remote_worker_restarts"),
     }
+    scalars = {tag: value for tag, value in scalars.items() if value is not None and math.isfinite(value)}
     learner = result.get("learners", {}).get("default_policy", {})
-    scalars |= {tag: value for tag, value in learner.items() if tag.startswith(("losses/", "offpolicy/"))}
-    return {tag: float(value) for tag, value in scalars.items() if value is not None and np.isfinite(value)}
+    return scalars | {tag: float(value) for tag, value in learner.items() if tag.startswith(("losses/", "offpolicy/"))}
 
 
 def main(args: Args):
@@ -330,11 +329,14 @@ def main(args: Args):
     step, restarts, first = 0, 0, None
     for iteration in itertools.count(1):
         result = algorithm.train()
-        if not result["num_env_steps_sampled_lifetime"]:
+        if not result["num_env_steps_sampled_lifetime"] and not stops:
             continue  # the actors are still starting
         step = int(result["num_env_steps_sampled_lifetime"])
         first = first or (step, time.time())
         scalars = scalars_of(result)
+        if not all(map(math.isfinite, scalars.values())):
+            print(f"error: the run stops, {folder} keeps its last checkpoint: the loss is not finite", file=sys.stderr)
+            sys.exit(1)
         if step > first[0]:
             scalars["charts/SPS"] = (step - first[0]) / (time.time() - first[1])
         for tag, value in scalars.items():
