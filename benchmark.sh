@@ -26,8 +26,10 @@ case $subcommand in
   random) module=random_returns; shift ;;
   peers)
     module=experiments
-    if [[ ! -x .venv-peers/bin/python ]]; then
-      python -m venv .venv-peers && .venv-peers/bin/pip install -r benchmark/requirements-peers.txt
+    if [[ ! -e .venv-peers/installed ]]; then
+      python -m venv --clear .venv-peers
+      .venv-peers/bin/pip install --quiet -r benchmark/requirements-peers.txt
+      touch .venv-peers/installed
     fi
     ;;
   tune | staleness | ant | freeze | lag | sigma | minigrid | metaworld | atari) module=experiments ;;

@@ -14,7 +14,7 @@ from benchmark.scores import Scores
 
 NAMES = STYLES | {
     "decoupled": ("decoupled PPO", "#999999", (0, (5, 1))),
-    "scaled-rate": ("plain IS at GIPO's step size", "#000000", "-"),
+    "scaled-rate": ("plain IS, slowed by GIPO's weight", "#000000", "-"),
     "sb3-ppo": ("PPO of Stable-Baselines3", "#D55E00", ":"),
     "sb3-sac": ("SAC of Stable-Baselines3", "#009E73", "-"),
     "random": ("random actions", "#000000", "-"),

@@ -1,5 +1,6 @@
 """From the rows of benchmark/results/ to scores: what counts as 0 and as 1, and which cells are complete."""
 
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
@@ -10,7 +11,7 @@ from scipy.stats import norm
 
 from benchmark import scores
 from benchmark.experiments import EXPERIMENTS
-from benchmark.runs import Run, rows
+from benchmark.runs import CURVE_POINTS, Missing, Run, rows
 from benchmark.scores import Scores
 
 Rows = list[dict[str, str]]
@@ -24,7 +25,16 @@ def complete(experiment: str, key: Callable[[Run], Hashable]) -> dict[Hashable, 
     missing = {name: known.count(None) for name, known in found.items() if None in known}
     for name, count in missing.items():
         print(f"{experiment}: left out, for runs are missing ({count}): {name}", file=sys.stderr)
-    return {name: known for name, known in found.items() if name not in missing}
+    whole = {name: known for name, known in found.items() if name not in missing}
+    code = defaultdict(set)
+    for row in itertools.chain(*whole.values()):
+        code[row["command"].split()[1]].add(f"{row['revision']} with {row['versions']}")
+    for script, versions in code.items():
+        if len(versions) > 1 or any("+" in version.split()[0] for version in versions):
+            print(
+                f"{experiment}: rows are of different code: {script} at {', '.join(sorted(versions))}", file=sys.stderr
+            )
+    return whole
 
 
 def by_flag(flag: str, number: Callable = int) -> Callable[[Run], Hashable]:
@@ -36,6 +46,8 @@ def values(known: Iterable[dict], column: str, diverged: dict[str, float]) -> Sc
     """A column by environment; a run that diverged counts as `diverged` says of its environment."""
     found = defaultdict(list)
     for row in known:
+        if row["diverged"] == "1" and row["env_id"] not in diverged:
+            raise Missing(f"{row['env_id']} has no random actions; run ./benchmark.sh random first.")
         found[row["env_id"]].append(diverged[row["env_id"]] if row["diverged"] == "1" else float(row[column]))
     return {env_id: np.array(x) for env_id, x in found.items()}
 
@@ -54,9 +66,12 @@ class Scale:
         for run in EXPERIMENTS[experiment]():
             if run.method == "clip" and run.value("--buffer-epochs") == "1":
                 if run.command not in done or run.value("--env-id") not in self.zero:
-                    raise SystemExit(f"error: 0 and 1 are not known; run ./benchmark.sh random and {experiment} first.")
+                    raise Missing(f"0 and 1 are not known; run ./benchmark.sh random and {experiment} first.")
                 on_policy.append(done[run.command])
         self.one = {env_id: x.mean() for env_id, x in values(on_policy, column, self.zero).items()}
+        for env_id, one in self.one.items():
+            if one <= self.zero[env_id]:
+                raise Missing(f"{env_id} has no scale, for PPO-clip at K = 1 is no better there than random actions.")
 
     def __call__(self, known: Rows) -> Scores:
         return scores.normalize(values(known, self.column, self.zero), self.zero, self.one)
@@ -64,7 +79,7 @@ class Scale:
     def curve(self, known: Rows) -> np.ndarray:
         """Learning curve (CURVE_POINTS,): interquartile mean of all runs at each point."""
         low, unit = np.array([(self.zero[row["env_id"]], self.one[row["env_id"]]) for row in known]).T[..., None]
-        return scores.iqm((curves(known) - low) / (unit - low), axis=0)
+        return scores.iqm((curves(known, self.zero) - low) / (unit - low), axis=0)
 
 
 def min_max(cells: Iterable[Rows]) -> Callable[[Rows], Scores]:
@@ -79,9 +94,14 @@ def pooled(scale: Callable[[Rows], Scores], *cells: Rows) -> Scores:
     return {f"{env_id} {i}": x for i, known in enumerate(cells) for env_id, x in scale(known).items()}
 
 
-def curves(known: Rows) -> np.ndarray:
-    """Learning curves (runs, CURVE_POINTS)."""
-    return np.array([[float(value) for value in row["curve"].split()] for row in known])
+def curves(known: Rows, diverged: dict[str, float]) -> np.ndarray:
+    """Learning curves (runs, CURVE_POINTS); that of a run that diverged is flat, as `diverged` says."""
+
+    def curve(row):
+        lost = row["diverged"] == "1"
+        return [diverged[row["env_id"]]] * CURVE_POINTS if lost else [float(value) for value in row["curve"].split()]
+
+    return np.array([curve(row) for row in known])
 
 
 def drift(p95: float) -> float:

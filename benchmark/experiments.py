@@ -16,7 +16,7 @@ from typing import Literal
 
 import tyro
 
-from benchmark.runs import Run, rows, run_all
+from benchmark.runs import Missing, Run, rows, run_all
 from benchmark.scripts import ROOT
 
 GIPO = {"continuous": "gipo_continuous.py", "atari": "gipo_atari.py", "minigrid": "gipo_minigrid_vision.py"}
@@ -92,7 +92,7 @@ def tuning_scores() -> dict[tuple[str, tuple[str, ...]], float]:
     runs = list(tune())
     missing = [one.command for one in runs if one.command not in found]
     if missing:
-        raise SystemExit(f"error: {len(missing)} runs of the tuning are missing; run ./benchmark.sh tune first.")
+        raise Missing(f"{len(missing)} runs of the tuning are missing; run ./benchmark.sh tune first.")
     returns = defaultdict(list)
     for one in runs:
         known = found[one.command]
@@ -217,8 +217,12 @@ class Args:
 
 
 def main(args: Args) -> int:
-    """Returns the exit code: 1 if a run failed, 2 if --only fits none, 130 after Ctrl-C."""
-    chosen = [one for one in EXPERIMENTS[args.experiment]() if args.only in one.command]
+    """Returns the exit code: 1 if a run failed, 2 if tuning is missing or --only fits none, 130 after Ctrl-C."""
+    try:
+        chosen = [one for one in EXPERIMENTS[args.experiment]() if args.only in one.command]
+    except Missing as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if not chosen:
         print(f"error: --only {args.only}: give a part of a command that --dry-run prints.", file=sys.stderr)
         return 2

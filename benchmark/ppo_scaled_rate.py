@@ -1,9 +1,9 @@
-"""Plain importance sampling at GIPO's step size, the control for the shape of GIPO's weight.
+"""Plain importance sampling slowed by GIPO's mean weight, the control for the shape of that weight.
 
     actor's rate = learning rate * mean(w),  w = exp(-(log r)^2 / (2 sigma^2)),  r = pi(a|s) / mu(a|s)
 
-GIPO weights stale samples down, and so takes smaller steps as well. Here each minibatch scales the actor's step by the
-mean weight that GIPO would give it, and all samples in it alike. (Scaling the loss would do nothing under Adam.)
+Each minibatch scales the actor's step by the mean weight that GIPO would give it, all samples in it alike. (Scaling the
+loss would do nothing under Adam, and so GIPO's own steps are larger than these.)
 
     python benchmark/ppo_scaled_rate.py continuous --buffer-epochs 8
 

@@ -4,6 +4,7 @@
 """
 
 import csv
+import sys
 from pathlib import Path
 
 import torch
@@ -42,18 +43,23 @@ def play(env_id: str) -> dict[str, float]:
     return script.evaluate(make_envs, RandomAgent(envs.action_space), args, torch.device("cpu"), Path())
 
 
-def main():
-    """Play random actions and write benchmark/results/random.csv."""
-    names = {run.value("--env-id") for name, plan in EXPERIMENTS.items() if name != "tune" for run in plan()}
+def main() -> int:
+    """Play random actions and write benchmark/results/random.csv; 2 if the tuning is missing."""
+    try:
+        names = {run.value("--env-id") for name, plan in EXPERIMENTS.items() if name != "tune" for run in plan()}
+    except runs.Missing as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    known = []
+    for env_id in sorted(names):
+        found = play(env_id)
+        success = f"{found['eval/success_rate']:.6g}" if "eval/success_rate" in found else ""
+        known.append([env_id, f"{found['eval/episodic_return']:.6g}", success])
     runs.RESULTS.mkdir(exist_ok=True)
     with (runs.RESULTS / "random.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for env_id in sorted(names):
-            found = play(env_id)
-            success = f"{found['eval/success_rate']:.6g}" if "eval/success_rate" in found else ""
-            writer.writerow([env_id, f"{found['eval/episodic_return']:.6g}", success])
+        csv.writer(file).writerows([COLUMNS, *known])
+    return 0
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(tyro.cli(main))

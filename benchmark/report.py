@@ -6,6 +6,7 @@ A cell of a table and a point of a figure stand for several runs, and appear onc
 """
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -19,7 +20,6 @@ from benchmark.drawing import NAMES, SCALE, STEPS_AXIS, Panel, against, over_tim
 from benchmark.evidence import Rows, Scale, by_flag, complete, pooled
 from benchmark.experiments import (
     ATARI_STEPS,
-    COMPARED,
     FREEZE_AT,
     METHODS,
     STEPS,
@@ -27,12 +27,14 @@ from benchmark.experiments import (
     tuned,
     tuning_scores,
 )
-from benchmark.runs import Run, rows
+from benchmark.runs import Missing, Run, rows
 from benchmark.scores import Scores
 from benchmark.scripts import ROOT
 
 FIGURES = ROOT / "docs" / "figures"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+FEW = 5  # seeds
+NOTHING = "Not run yet."
 DRIFT = ("abs_logratio_p95", "ess", "dead_fraction")
 
 
@@ -56,13 +58,18 @@ def by_method(cells: dict[tuple[str, Hashable], str], columns: dict[Hashable, st
 
 
 def verdicts(samples: dict[str, dict[str, Scores]], digits: int = 2) -> str:
-    """A sentence for each place with samples of GIPO and of PPO-clip, which the interval of the difference decides."""
+    """A sentence for each place that has GIPO and PPO-clip on the same environments, by the interval of the difference.
+
+    Fewer than FEW seeds are named, for intervals are too narrow then.
+    """
     sentences = []
     for place, by in samples.items():
-        if {"gipo", "clip"} <= by.keys():
+        if "gipo" in by and by["gipo"].keys() == by.get("clip", {}).keys():
             difference = scores.difference_with_interval(by["gipo"], by["clip"])
             _, low, high = difference
             outcome = "GIPO is ahead" if low > 0 else "PPO-clip is ahead" if high < 0 else "no difference is shown"
+            seeds = min(map(len, by["gipo"].values()))
+            outcome += f", by {seeds} seeds only" if seeds < FEW else ""
             found = (scores.iqm_with_interval(by["gipo"]), scores.iqm_with_interval(by["clip"]), difference)
             own, other, gap = (number(statistic, digits) for statistic in found)
             sentences.append(f"{place}: GIPO {own}, PPO-clip {other}, difference {gap}: {outcome}.")
@@ -90,7 +97,8 @@ def means(cells: dict[Hashable, Rows], *columns: str) -> dict[Hashable, str]:
     """Means of columns over the runs of a cell that did not diverge."""
 
     def mean(known, column):
-        return f"{np.mean([float(row[column]) for row in known if row[column]]):.2g}"
+        left = [float(row[column]) for row in known if row["diverged"] != "1"]
+        return f"{np.mean(left):.2g}" if left else "-"
 
     return {key: " / ".join(mean(known, column) for column in columns) for key, known in cells.items()}
 
@@ -123,7 +131,7 @@ def staleness():
 def ranking(cells: dict[str, tuple[Rows, ...]], scale: Scale) -> str:
     """Markdown: methods by the interquartile mean of their cells together, best first."""
     final = {method: pooled(scale, *own) for method, own in cells.items()}
-    paper = evidence.min_max(known for method in COMPARED for known in cells.get(method, ()))
+    paper = evidence.min_max(known for own in cells.values() for known in own)
     area, lines = Scale("mean_return"), []
     for method in sorted(cells, key=lambda m: -scores.iqm_with_interval(final[m])[0]):
         other = (pooled(column, *cells[method]) for column in (area, paper))
@@ -183,10 +191,10 @@ def sigma():
     by_width = ([label, *(texts.get((line, width), "") for width in widths)] for line, label in lines.items())
     fill("sigma", table(["", *(f"{width:g}" for width in widths)], by_width))
     ess = []
-    for k in (1, 8):
+    for k in sorted({k for (k, share), _ in cells if share == 1}):
         own = {width: scores.iqm_with_interval(found[(k, 1), width])[0] for width in widths if ((k, 1), width) in found}
         best = max(own, key=own.get)
-        p95 = np.mean([float(row["abs_logratio_p95"]) for row in cells[(k, 1), best] if row["abs_logratio_p95"]])
+        p95 = np.mean([float(row["abs_logratio_p95"]) for row in cells[(k, 1), best] if row["diverged"] != "1"])
         s = evidence.drift(p95)
         ess.append([f"K = {k}", f"{best:g}", f"{p95:.2g}", f"{s:.2g}", f"{evidence.widest_ess(s):.2f}"])
     fill("sigma-ess", table(["", "best sigma", "its p95 of abs(log r)", "drift s", "sigma of the largest ESS"], ess))
@@ -204,7 +212,7 @@ def unscaled(experiment: str, *columns: str) -> dict[tuple[str, tuple[str, int]]
     for column in columns:
         random = evidence.zeros(column)
         texts = intervals({key: evidence.values(known, column, random) for key, known in cells.items()})
-        texts |= {("random", place): f"{random[place[0]]:.2f}" for place in places}
+        texts |= {("random", place): f"{random[place[0]]:.2f}" for place in places if place[0] in random}
         fill(f"{experiment}-{column}", by_method(texts, places))
     fill(f"{experiment}-drift", by_method(means(cells, *DRIFT), places))
     return cells
@@ -256,19 +264,30 @@ def draw_lines(cells: dict[tuple[str, tuple[str, int]], Rows], steps: dict[str, 
     panels = [Panel(env_id, STEPS_AXIS, {}) for env_id in steps]
     for (method, (env_id, k)), known in cells.items():
         end = steps[env_id] / 1000
-        panels[list(steps).index(env_id)].lines[method, k] = end, evidence.curves(known).mean(0)
+        panels[list(steps).index(env_id)].lines[method, k] = end, evidence.curves(known, evidence.zeros()).mean(0)
     lines = dict.fromkeys(line for panel in panels for line in panel.lines)
     styles = {(m, k): (f"{NAMES[m][0]}, K = {k}", NAMES[m][1], "-" if k == 1 else "--") for m, k in lines}
     over_time(panels, styles, path, ylabel)
 
 
-def main():
-    """Rewrite every figure and table that benchmark/results has rows for."""
+def main() -> int:
+    """Rewrite every figure and table; what has no rows is not run yet. Returns 2 if a section lacks its ground."""
     matplotlib.use("Agg")
+    for page in PAGES:
+        emptied = re.sub(
+            r"(<!-- ([\w-]+) -->\n).*?(<!-- end of \2 -->)", rf"\1{NOTHING}\n\3", page.read_text(), flags=re.DOTALL
+        )
+        page.write_text(emptied)
+    code = 0
     for section in (tune, staleness, ant, freeze, lag, sigma, minigrid, metaworld, atari, peers):
-        if rows(section.__name__):
-            section()
+        try:
+            if rows(section.__name__):
+                section()
+        except Missing as error:
+            print(f"error: {section.__name__}: {error}", file=sys.stderr)
+            code = 2
+    return code
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(tyro.cli(main))

@@ -60,6 +60,10 @@ COLUMNS = (
 )
 
 
+class Missing(Exception):
+    """Results that a command builds on are not there: one sentence that says which command makes them."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run: the name of the method, the script relative to the root, its arguments and its interpreter."""

@@ -85,7 +85,9 @@ def test_a_run_that_diverged_counts_as_random(results):
     row["final_return"], row["diverged"] = "", 1
     write(results / "staleness.csv", known)
     _, diverged = made(results)
-    row["final_return"] = row["mean_return"] = ENVS[row["env_id"]][0]
+    worst = ENVS[row["env_id"]][0]
+    np.testing.assert_equal(evidence.curves([runs.rows("staleness")[0]], {row["env_id"]: worst}), worst)
+    row["final_return"] = row["mean_return"] = worst
     row["diverged"] = 0
     write(results / "staleness.csv", known)
     assert made(results)[1] == diverged != whole
@@ -111,7 +113,8 @@ def test_the_tables_of_staleness(results):
     assert min_max > 0.85 and float(clip_pooled[2].split()[0]) < 0.3
     assert page.index("| GIPO | " + gipo_pooled[0]) < page.index("| PPO-clip | " + clip_pooled[0])  # best first
     stale, fresh = re.findall(r"K = [^:]*:.*?: ([^:.]*)\.", page)
-    assert stale == "GIPO is ahead" and fresh in ("PPO-clip is ahead", "no difference is shown")
+    few = ", by 3 seeds only"
+    assert stale == "GIPO is ahead" + few and fresh in ("PPO-clip is ahead" + few, "no difference is shown" + few)
 
 
 def test_every_experiment_has_its_place_on_the_real_pages(folder, monkeypatch):
@@ -131,7 +134,35 @@ def test_every_experiment_has_its_place_on_the_real_pages(folder, monkeypatch):
     for empty in re.findall(r"<!-- ([\w-]+) -->\n\s*<!-- end", text):
         raise AssertionError(empty)
     pictures = {path.name for path in (folder / "figures").iterdir()}
+    assert pictures == {f"{name}.png" for name in ("staleness", "freeze", "lag", "sigma", "atari", "peers")}
     assert set(re.findall(r"\(figures/([\w.]+)\)", text)) <= pictures
+
+
+def test_what_is_gone_is_not_run_yet_and_what_lacks_its_ground_is_an_error(results, capsys):
+    _, whole = made(results)
+    assert "Not run yet." not in whole
+    (results / "random.csv").unlink()
+    assert report.main() == 2
+    assert "run ./benchmark.sh random" in capsys.readouterr().err
+    assert (results / "page.md").read_text().count("Not run yet.") == len(MARKERS)
+    (results / "staleness.csv").unlink()
+    assert report.main() == 0
+
+
+def test_rows_of_different_code_are_named(results, capsys):
+    report.main()
+    assert "different code" not in capsys.readouterr().err
+    known = runs.rows("staleness")
+    known[0]["revision"] = "abc"
+    write(results / "staleness.csv", known)
+    report.main()
+    assert "different code" in capsys.readouterr().err
+
+
+def test_a_verdict_needs_the_same_environments_and_names_few_seeds():
+    ours, theirs = {"a": np.array([1.0, 1.1, 1.2])}, {"a": np.array([0.0, 0.1, 0.2])}
+    assert report.verdicts({"here": {"gipo": ours, "clip": theirs}}).endswith(": GIPO is ahead, by 3 seeds only.")
+    assert report.verdicts({"here": {"gipo": ours, "clip": theirs | {"b": theirs["a"]}}}) == ""
 
 
 def test_drift_and_the_sigma_of_the_largest_effective_sample_size():

@@ -137,7 +137,7 @@ def test_tuning_takes_the_best_mean_of_scaled_returns(monkeypatch):
             row["final_return"] = ""  # diverged
     assert experiments.tuned("gipo") != best
     monkeypatch.setattr(experiments, "rows", lambda experiment: known[1:])
-    with pytest.raises(SystemExit, match="tune first"):
+    with pytest.raises(runs.Missing, match="tune first"):
         experiments.tuned("gipo")
 
 

@@ -36,6 +36,19 @@ def test_the_interval_covers():
     assert 170 <= held <= 198
 
 
+@pytest.mark.parametrize("envs, seeds, low, high", [("abc", 5, 0.04, 0.13), ("abc", 3, 0.05, 0.17), ("a", 3, 0.13, 0.3)])
+def test_intervals_of_few_seeds_are_too_narrow(envs, seeds, low, high, monkeypatch):
+    """Shares of 95 % intervals of the difference of equal methods that miss 0: docs/results.md says about these."""
+    monkeypatch.setattr(scores, "RESAMPLES", 400)
+    rng = np.random.default_rng(2)
+    missed = 0
+    for _ in range(400):
+        ours, theirs = ({env: rng.normal(size=seeds) for env in envs} for _ in range(2))
+        _, start, end = scores.difference_with_interval(ours, theirs)
+        missed += not start < 0 < end
+    assert low < missed / 400 < high
+
+
 def test_one_seed_has_no_interval():
     _, low, high = scores.iqm_with_interval({"a": np.ones(5), "b": np.ones(1)})
     assert np.isnan([low, high]).all()
