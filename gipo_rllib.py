@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import signal
 import sys
 import time
@@ -40,12 +41,12 @@ from ray.rllib.connectors.learner.frame_stacking import FrameStackingLearner
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.apis import TARGET_NETWORK_ACTION_DIST_INPUTS
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
-from ray.rllib.env.wrappers.atari_wrappers import wrap_atari_for_new_api_stack
+from ray.rllib.env.wrappers.atari_wrappers import FireResetEnv
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from ray.tune.registry import register_env
 from tensorboardX import SummaryWriter
 
-CHECKPOINT = "checkpoint"  # in the run's folder, as is ARGS
+CHECKPOINT = "checkpoint-*"  # in the run's folder, with the step, as is ARGS
 ARGS = "args.json"
 SHOWN = ("charts/episodic_return", "offpolicy/age_mean", "offpolicy/abs_logratio_p95", "charts/SPS")
 
@@ -56,21 +57,21 @@ class Args:
 
     env_id: str = "CartPole-v1"
     """environment id: vectors or ALE/*-v5, with discrete or continuous actions"""
-    seed: int = 1
-    """seed of the actors' environments and of the learners; the order of batches is never the same twice"""
     total_timesteps: int = 300_000
     """environment steps in all, summed over the actors (1e5 to 1e9)"""
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the name of the run's folder"""
     address: str | None = None
     """Ray cluster to join, as in ray.init; none starts a local one"""
     resume: Path | None = None
-    """go on with the run in this folder; all other flags but --address and --total-timesteps then come from there"""
+    """go on with the run in this folder; all flags but those above and below come from there"""
     checkpoint_interval: int = 10
     """iterations between checkpoints, each of which replaces the last (1 to 100); one more is saved at the end"""
     iteration_seconds: float = 5.0
     """shortest time between two lines of the log (1 to 60)"""
 
+    seed: int = 1
+    """seed of the actors' environments and of the learners; the order of batches is never the same twice"""
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the name of the run's folder"""
     num_env_runners: int = 2
     """actors, one process and one core each (1 to 1000)"""
     num_envs: int = 4
@@ -82,10 +83,10 @@ class Args:
     num_gpus: int = 0
     """GPUs per learner (0 or 1)"""
 
-    batch_size: int = 500
-    """transitions of one gradient step of a learner (200 to 4000)"""
+    batch_size: int = 600
+    """transitions of one gradient step of a learner, rounded up to whole rollouts of an actor (200 to 4000)"""
     buffer_batches: int = 8
-    """batches that the circular buffer keeps; more is staler data (1 to 64)"""
+    """batches that the circular buffer keeps; offpolicy/age_mean says how stale that makes them (1 to 64)"""
     buffer_reuse: int = 2
     """how often a batch may be learned from before it is dropped (1 to 32)"""
     learning_rate: float = 5e-4
@@ -190,9 +191,12 @@ class Learner(APPOTorchLearner):
             return make_time_major(tensor, trajectory_len=config.get_rollout_fragment_length())
 
         values = rows(module.compute_values(batch, embeddings=fwd_out.get(Columns.EMBEDDINGS)))
-        rewards, in_time = rows(batch[Columns.REWARDS]), rows(mask.float())
+        rewards, in_time = batch[Columns.REWARDS], rows(mask.float())
+        rewards = rows(rewards.clamp(-1, 1) if args.env_id.startswith("ALE/") else rewards)
+        # the masked row ends a rollout with its value; RLlib's own reward of 0 there would make a death of each end
+        rewards = torch.where(in_time > 0, rewards, values.detach())
         discounts = config.gamma * (1 - rows(batch[Columns.TERMINATEDS].float())) * in_time
-        bootstrap = values[0].roll(-1)  # the last one follows a row of the mask
+        bootstrap = values[0].roll(-1)  # the last one follows a masked row
         targets, pg_advantages = vtrace_torch(
             target_action_log_probs=rows(old_logprobs),
             behaviour_action_log_probs=rows(logprobs),
@@ -219,7 +223,8 @@ class Learner(APPOTorchLearner):
         v_loss = 0.5 * ((values - targets)[valid] ** 2).mean()
 
         entropy_loss = policy.entropy()[mask].mean()
-        age = (self._weights_seq_no - batch[WEIGHTS_SEQ_NO][mask]).float()
+        # in gradient steps; RLlib has counted this one already
+        age = (self._weights_seq_no - 1 - batch[WEIGHTS_SEQ_NO][mask]).float()
         scalars = diagnostics(rows(logratio)[valid].detach(), coef)
         scalars |= {"losses/policy_loss": pg_loss, "losses/value_loss": v_loss, "losses/entropy": entropy_loss}
         scalars |= {"offpolicy/age_mean": age.mean(), "offpolicy/age_max": age.max()}
@@ -237,13 +242,19 @@ def make_config(args: Args) -> APPOConfig:
             import ale_py
 
             gym.register_envs(ale_py)  # in each actor's process
-            return wrap_atari_for_new_api_stack(gym.make(args.env_id, frameskip=1), dim=84)
+            env = gym.make(args.env_id, frameskip=1)
+            env = gym.wrappers.AtariPreprocessing(env, grayscale_newaxis=True, scale_obs=True)
+            return FireResetEnv(env) if "FIRE" in env.unwrapped.get_action_meanings() else env
         return gym.make(args.env_id)
 
     try:
-        continuous = isinstance(make_env(None).action_space, gym.spaces.Box)
-    except gym.error.Error as error:
+        env = make_env(None)
+    except (gym.error.Error, ImportError) as error:
         raise BadInput(f"--env-id {args.env_id}: {error}") from None
+    space, continuous = env.observation_space, isinstance(env.action_space, gym.spaces.Box)
+    env.close()
+    fits = with_pixels or (isinstance(space, gym.spaces.Box) and len(space.shape) == 1)
+    require(fits, f"--env-id {args.env_id}: observations must be a flat Box, not {space}; try CartPole-v1.")
     register_env(args.env_id, make_env)
     layers = {"fcnet_hiddens": [64, 64], "fcnet_activation": "tanh"}
     model = DefaultModelConfig(**layers, free_log_std=continuous, vf_share_layers=False)
@@ -251,7 +262,7 @@ def make_config(args: Args) -> APPOConfig:
         filters = [[32, 8, 4], [64, 4, 2], [64, 3, 1]]  # Mnih et al. 2015
         model = DefaultModelConfig(conv_filters=filters, head_fcnet_hiddens=[512], vf_share_layers=True)
     prepare = partial(FrameStackingEnvToModule, num_frames=4) if with_pixels else MeanStdFilter
-    config = APPOConfig().environment(args.env_id, clip_rewards=with_pixels)
+    config = APPOConfig().environment(args.env_id)
     config.env_runners(
         num_env_runners=args.num_env_runners,
         num_envs_per_env_runner=args.num_envs,
@@ -275,10 +286,8 @@ def make_config(args: Args) -> APPOConfig:
         clip_param=args.clip_coef,
         entropy_coeff=args.ent_coef,
         vf_loss_coeff=args.vf_coef,
-        use_kl_loss=False,
     )
     config.rl_module(model_config=model)
-    config.fault_tolerance(restart_failed_env_runners=True)
     config.reporting(min_time_s_per_iteration=args.iteration_seconds)
     return config.debugging(seed=args.seed, log_level="ERROR")
 
@@ -286,14 +295,31 @@ def make_config(args: Args) -> APPOConfig:
 def read_args() -> Args:
     """Flags, over those of the run that --resume names; a mistake exits with 2."""
     args = tyro.cli(Args, description=__doc__)
-    if not args.resume:
+    folder = args.resume
+    if not folder:
         return args
     try:
-        saved = json.loads((args.resume / ARGS).read_text())
-        require((args.resume / CHECKPOINT).is_dir(), "no checkpoint")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--resume {args.resume}: give the folder of a run with a checkpoint ({error}).") from None
-    return tyro.cli(Args, default=Args(**saved | {"resume": args.resume}))
+        saved = Args(**json.loads((folder / ARGS).read_text()), resume=folder)
+        require(any(folder.glob(CHECKPOINT)), "no checkpoint yet")
+    except (OSError, TypeError, ValueError) as error:
+        raise BadInput(f"--resume {folder}: give the folder of a run with a checkpoint ({error}).") from None
+    args = tyro.cli(Args, default=saved)
+    fields = [field.name for field in dataclasses.fields(Args)]
+    for name in ("env_id", *fields[fields.index("seed") :]):
+        rule = f"--{name.replace('_', '-')}: {folder} was run with {getattr(saved, name)}; leave the flag out."
+        require(getattr(args, name) == getattr(saved, name), rule)
+    return args
+
+
+def save(algorithm, folder: Path, step: int):
+    """Save a checkpoint with RLlib's means, under its name only when it is whole; then older ones go."""
+    new = folder / "saving"
+    shutil.rmtree(new, ignore_errors=True)
+    algorithm.save_to_path(str(new.absolute()))
+    older = list(folder.glob(CHECKPOINT))
+    new.rename(folder / CHECKPOINT.replace("*", str(step)))
+    for path in older:
+        shutil.rmtree(path)
 
 
 def scalars_of(result: dict) -> dict[str, float]:
@@ -310,21 +336,33 @@ def scalars_of(result: dict) -> dict[str, float]:
     return scalars | {tag: float(value) for tag, value in learner.items() if tag.startswith(("losses/", "offpolicy/"))}
 
 
-def main(args: Args):
-    config = make_config(args)
-    ray.init(address=args.address, include_dashboard=False if args.address is None else None, log_to_driver=False)
+def main(args: Args, config: APPOConfig):
+    stops = []
+
+    def stop_after_iteration(signum, _):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C aborts at once
+        stops.append(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop_after_iteration)
+    try:
+        ray.init(address=args.address, include_dashboard=None if args.address else False, log_to_driver=False)
+    except ConnectionError as error:
+        raise BadInput(f"--address {args.address}: {error}") from None
     algorithm = config.build_algo()
     if args.resume:
-        algorithm.restore_from_path(str((args.resume / CHECKPOINT).absolute()))
+        newest = max(args.resume.glob(CHECKPOINT), key=lambda path: int(path.name.rsplit("-")[-1]))
+        algorithm.restore_from_path(str(newest.absolute()))
     run_name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     folder = args.resume or Path("runs", run_name)
     folder.mkdir(parents=True, exist_ok=True)
     saved = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("resume", "address")}
     (folder / ARGS).write_text(json.dumps(saved, indent=1))
     writer = SummaryWriter(str(folder))
-    stops = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda received, _: stops.append(received))
+    if not args.resume:
+        table = "\n".join(f"|{name}|{value}|" for name, value in saved.items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    print(f"{folder}: waits for {args.num_env_runners} actors, each of which takes one core", flush=True)
 
     step, restarts, first = 0, 0, None
     for iteration in itertools.count(1):
@@ -335,7 +373,7 @@ def main(args: Args):
         first = first or (step, time.time())
         scalars = scalars_of(result)
         if not all(map(math.isfinite, scalars.values())):
-            print(f"error: the run stops, {folder} keeps its last checkpoint: the loss is not finite", file=sys.stderr)
+            print(f"error: the run stops, {folder} keeps its last checkpoint: loss not finite", file=sys.stderr)
             sys.exit(1)
         if step > first[0]:
             scalars["charts/SPS"] = (step - first[0]) / (time.time() - first[1])
@@ -348,7 +386,7 @@ def main(args: Args):
             print(f"an actor died and was started again; {restarts:.0f} restarts so far", flush=True)
         last = stops or step >= args.total_timesteps
         if last or iteration % args.checkpoint_interval == 0:
-            algorithm.save_to_path(str((folder / CHECKPOINT).absolute()))
+            save(algorithm, folder, step)
         if last:
             break
     writer.close()
@@ -362,8 +400,7 @@ def main(args: Args):
 if __name__ == "__main__":
     try:
         args = read_args()
-        make_config(args)
+        main(args, make_config(args))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    main(args)

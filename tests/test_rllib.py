@@ -59,6 +59,7 @@ def recorded(learner, rows: int = 150) -> dict:
         Columns.OBS: obs,
         Columns.ACTIONS: actions,
         Columns.ACTION_LOGP: policy.logp(actions) + 0.5 * torch.randn(rows),
+        "logp": policy.logp(actions),
         Columns.REWARDS: torch.randn(rows),
         Columns.TERMINATEDS: torch.arange(rows) % 37 == 36,
         Columns.LOSS_MASK: mask,
@@ -100,7 +101,8 @@ def test_loss_and_gradients_are_those_of_the_scripts(env_id):
         values = rows(module.compute_values(batch))
         discounts = 0.99 * rows((~batch[Columns.TERMINATEDS] & batch[Columns.LOSS_MASK]).float())
         last = torch.cat([values[0][1:], values[0][:1]])
-        rewards, log_rhos = rows(batch[Columns.REWARDS]), rows(new - batch[Columns.ACTION_LOGP])
+        log_rhos = rows(new - batch[Columns.ACTION_LOGP])
+        rewards = torch.where(rows(batch[Columns.LOSS_MASK].float()) > 0, rows(batch[Columns.REWARDS]), values)
         targets, _ = vtrace_torch(
             target_action_log_probs=rows(new),
             behaviour_action_log_probs=rows(batch[Columns.ACTION_LOGP]),
@@ -123,12 +125,44 @@ def test_clip_is_appo_s_own_loss(env_id):
     _, config, learner = make_learner(env_id, surrogate="clip", clip_coef=0.2, ent_coef=0.02, vf_coef=0.3)
     batch = recorded(learner)
     with torch.no_grad():
+        # RLlib has 0 in these rows, and so takes the end of a rollout for a death
+        masked = ~batch[Columns.LOSS_MASK]
         for p in learner.module[MODULE].unwrapped().parameters():
             p += 0.05 * torch.randn_like(p)  # policy and target network differ
+        batch[Columns.REWARDS][masked] = learner.module[MODULE].unwrapped().compute_values(batch)[masked]
     own, theirs = loss_of(learner, config, batch), loss_of(learner, config, batch, APPOTorchLearner)
     torch.testing.assert_close(own, theirs, atol=1e-6, rtol=1e-5)
     module = learner.module[MODULE]
     torch.testing.assert_close(gradients(own, module), gradients(theirs, module), atol=1e-6, rtol=1e-4)
+
+
+def test_a_rollout_that_is_cut_off_is_bootstrapped(monkeypatch):
+    _, config, learner = make_learner("CartPole-v1", num_steps=6)
+    module, batch, seen = learner.module[MODULE].unwrapped(), recorded(learner, rows=6), []
+    batch[Columns.LOSS_MASK] = torch.tensor([True] * 5 + [False])
+    batch[Columns.TERMINATEDS] = torch.zeros(6, dtype=torch.bool)
+    batch[Columns.REWARDS] = torch.tensor([1.0] * 5 + [0.0])
+    batch[Columns.ACTION_LOGP] = batch["logp"]  # on-policy
+    monkeypatch.setattr(module, "compute_values", lambda batch, embeddings=None: torch.full((6,), 10.0))
+    policy_loss = gipo_rllib.policy_loss
+    monkeypatch.setattr(gipo_rllib, "policy_loss", lambda x, adv, args: seen.append(adv) or policy_loss(x, adv, args))
+    loss_of(learner, config, batch)
+    value, expected = 10.0, []
+    for _ in range(5):
+        value = 1 + 0.99 * value
+        expected.insert(0, value - 10)
+    torch.testing.assert_close(seen[0], torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+def test_age_counts_the_gradient_steps_between(monkeypatch):
+    _, config, learner = make_learner("CartPole-v1")
+    batch, logged = recorded(learner), {}
+    monkeypatch.setattr(learner.metrics, "log_dict", lambda scalars, **_: logged.update(scalars))
+    learner._weights_seq_no = 3  # while the third step is taken: two were before it
+    loss_of(learner, config, batch)
+    assert logged["offpolicy/age_max"] == 2
+    age = (2 - batch["weights_seq_no"][batch[Columns.LOSS_MASK]]).float().mean()
+    assert logged["offpolicy/age_mean"] == age and logged["offpolicy/ess"] < 1
 
 
 def test_clip_s_coefficient_is_what_autograd_finds():
@@ -167,6 +201,8 @@ def test_cartpole_is_learned_though_an_actor_is_killed_and_the_run_resumed(tmp_p
     (folder,) = (tmp_path / "runs").iterdir()
     before = int(re.findall(r"step (\d+)", "".join(lines))[-1])
 
+    process = start(tmp_path, "--resume", folder, "--surrogate", "clip")
+    assert process.wait() == 2 and "leave the flag out" in process.stdout.read()
     process = start(tmp_path, "--resume", folder, "--total-timesteps", 400_000)
     found = []
     for line in process.stdout:
@@ -178,10 +214,12 @@ def test_cartpole_is_learned_though_an_actor_is_killed_and_the_run_resumed(tmp_p
     assert max(returns("".join(found))) >= 450, "".join(found)
     assert int(re.search(r"step (\d+)", "".join(found))[1]) >= before
     assert process.returncode == 130 and "go on with --resume" in rest
+    assert len(list(folder.glob("checkpoint-*"))) == 1
 
 
 def test_a_mistake_is_one_sentence(tmp_path):
     cases = {"CartPol": ["--env-id", "CartPol-v1"], "--sigma 0": ["--sigma", 0], "--resume x": ["--resume", "x"]}
+    cases |= {"flat Box": ["--env-id", "FrozenLake-v1"], "nomodule": ["--env-id", "nomodule:X-v0"]}
     for words, flags in cases.items():
         process = start(tmp_path, *flags)
         output, _ = process.communicate()

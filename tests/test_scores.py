@@ -36,7 +36,9 @@ def test_the_interval_covers():
     assert 170 <= held <= 198
 
 
-@pytest.mark.parametrize("envs, seeds, low, high", [("abc", 5, 0.04, 0.13), ("abc", 3, 0.05, 0.17), ("a", 3, 0.13, 0.3)])
+@pytest.mark.parametrize(
+    "envs, seeds, low, high", [("abc", 5, 0.04, 0.13), ("abc", 3, 0.05, 0.17), ("a", 3, 0.13, 0.3)]
+)
 def test_intervals_of_few_seeds_are_too_narrow(envs, seeds, low, high, monkeypatch):
     """Shares of 95 % intervals of the difference of equal methods that miss 0: docs/results.md says about these."""
     monkeypatch.setattr(scores, "RESAMPLES", 400)
