@@ -91,8 +91,12 @@ class Args:
     """how often a batch may be learned from before it is dropped (1 to 32)"""
     learning_rate: float = 5e-4
     """Adam's step size (1e-4 to 1e-3)"""
+    reward_scale: float = 1.0
+    """factor on the rewards that are learned from, to bring returns to an order of 10; logged returns stay true"""
     gamma: float = 0.99
     """discount factor (0.9 to 0.999)"""
+    norm_adv: bool = True
+    """normalize the advantages of each batch to mean 0 and standard deviation 1, which APPO itself does not"""
     ent_coef: float = 0.0
     """weight of the entropy bonus (0 to 0.02)"""
     vf_coef: float = 0.5
@@ -117,7 +121,7 @@ class Args:
         for flag, low in at_least.items():
             value = getattr(self, flag.replace("-", "_"))
             require(low <= value < math.inf, f"--{flag} {value}: give a number of {low} or more.")
-        for flag in ("sigma", "sigma-neg", "clip-coef", "learning-rate", "max-grad-norm"):
+        for flag in ("sigma", "sigma-neg", "clip-coef", "learning-rate", "max-grad-norm", "reward-scale"):
             value = getattr(self, flag.replace("-", "_"))
             require(1e-6 < value < math.inf, f"--{flag} {value}: give a number above 0.")
         require(0 <= self.gamma <= 1, f"--gamma {self.gamma}: give a number from 0 to 1.")
@@ -191,7 +195,7 @@ class Learner(APPOTorchLearner):
             return make_time_major(tensor, trajectory_len=config.get_rollout_fragment_length())
 
         values = rows(module.compute_values(batch, embeddings=fwd_out.get(Columns.EMBEDDINGS)))
-        rewards, in_time = batch[Columns.REWARDS], rows(mask.float())
+        rewards, in_time = args.reward_scale * batch[Columns.REWARDS], rows(mask.float())
         rewards = rows(rewards.clamp(-1, 1) if args.env_id.startswith("ALE/") else rewards)
         # the masked row ends a rollout with its value; RLlib's own reward of 0 there would make a death of each end
         rewards = torch.where(in_time > 0, rewards, values.detach())
@@ -209,15 +213,20 @@ class Learner(APPOTorchLearner):
         )
         valid = in_time > 0
 
-        # Policy loss
         if args.surrogate == "gipo":
             # without V-trace's own ratio, for the weight has one
             next_targets = torch.cat([targets[1:], bootstrap.unsqueeze(0)])
-            advantages = (rewards + discounts * next_targets - values).detach()
-            pg_loss, coef = policy_loss(rows(logratio)[valid], advantages[valid], args)
+            pg_advantages = (rewards + discounts * next_targets - values).detach()
+        advantages = pg_advantages[valid]
+        if args.norm_adv:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+        # Policy loss
+        logratio, old_logratio = rows(logratio)[valid], rows(old_logprobs - logprobs)[valid]
+        if args.surrogate == "gipo":
+            pg_loss, coef = policy_loss(logratio, advantages, args)
         else:
-            old_logratio = rows(old_logprobs - logprobs)
-            pg_loss, coef = clip_loss(rows(logratio)[valid], old_logratio[valid], pg_advantages[valid], args)
+            pg_loss, coef = clip_loss(logratio, old_logratio, advantages, args)
 
         # Value loss
         v_loss = 0.5 * ((values - targets)[valid] ** 2).mean()
@@ -225,7 +234,7 @@ class Learner(APPOTorchLearner):
         entropy_loss = policy.entropy()[mask].mean()
         # in gradient steps; RLlib has counted this one already
         age = (self._weights_seq_no - 1 - batch[WEIGHTS_SEQ_NO][mask]).float()
-        scalars = diagnostics(rows(logratio)[valid].detach(), coef)
+        scalars = diagnostics(logratio.detach(), coef)
         scalars |= {"losses/policy_loss": pg_loss, "losses/value_loss": v_loss, "losses/entropy": entropy_loss}
         scalars |= {"offpolicy/age_mean": age.mean(), "offpolicy/age_max": age.max()}
         self.metrics.log_dict({tag: value.detach() for tag, value in scalars.items()}, key=module_id, window=100)
@@ -331,9 +340,10 @@ def scalars_of(result: dict) -> dict[str, float]:
         "charts/healthy_actors": tolerance.get("num_healthy_workers"),
         "charts/actor_restarts": tolerance.get("num_remote_worker_restarts"),
     }
-    scalars = {tag: value for tag, value in scalars.items() if value is not None and math.isfinite(value)}
     learner = result.get("learners", {}).get("default_policy", {})
-    return scalars | {tag: float(value) for tag, value in learner.items() if tag.startswith(("losses/", "offpolicy/"))}
+    scalars |= {tag: value for tag, value in learner.items() if tag.startswith(("losses/", "offpolicy/"))}
+    # NaN is RLlib's word for what did not happen in this iteration
+    return {tag: float(value) for tag, value in scalars.items() if value is not None and math.isfinite(value)}
 
 
 def main(args: Args, config: APPOConfig):
@@ -372,9 +382,6 @@ def main(args: Args, config: APPOConfig):
         step = int(result["num_env_steps_sampled_lifetime"])
         first = first or (step, time.time())
         scalars = scalars_of(result)
-        if not all(map(math.isfinite, scalars.values())):
-            print(f"error: the run stops, {folder} keeps its last checkpoint: loss not finite", file=sys.stderr)
-            sys.exit(1)
         if step > first[0]:
             scalars["charts/SPS"] = (step - first[0]) / (time.time() - first[1])
         for tag, value in scalars.items():
@@ -386,6 +393,10 @@ def main(args: Args, config: APPOConfig):
             print(f"an actor died and was started again; {restarts:.0f} restarts so far", flush=True)
         last = stops or step >= args.total_timesteps
         if last or iteration % args.checkpoint_interval == 0:
+            weights = algorithm.learner_group.get_weights()["default_policy"]
+            if not all(torch.as_tensor(w).isfinite().all() for w in weights.values()):
+                print(f"error: the run stops, {folder} keeps its last checkpoint: weight not finite", file=sys.stderr)
+                sys.exit(1)
             save(algorithm, folder, step)
         if last:
             break

@@ -40,7 +40,7 @@ def scripts_policy_loss(name: str):
 
 def make_learner(env_id: str, **flags):
     """A learner in this process, whose policy has moved on since `batch` and whose target network has not."""
-    args = gipo_rllib.Args(env_id=env_id, **flags)
+    args = gipo_rllib.Args(env_id=env_id, norm_adv=False, **flags)
     config = gipo_rllib.make_config(args)
     return args, config, config.build_learner(env=gym.make(env_id))
 
@@ -215,6 +215,27 @@ def test_cartpole_is_learned_though_an_actor_is_killed_and_the_run_resumed(tmp_p
     assert int(re.search(r"step (\d+)", "".join(found))[1]) >= before
     assert process.returncode == 130 and "go on with --resume" in rest
     assert len(list(folder.glob("checkpoint-*"))) == 1
+
+
+def test_a_continuous_task_is_learned(tmp_path):
+    flags = ["--env-id", "InvertedPendulum-v5", "--buffer-reuse", 8, "--total-timesteps", 200_000]
+    process = start(tmp_path, *flags, "--iteration-seconds", 2)
+    found = []
+    for line in process.stdout:
+        found.append(line)
+        if max(returns(line), default=0) >= 150:
+            process.send_signal(signal.SIGINT)
+            break
+    process.communicate(timeout=60)
+    output = "".join(found)
+    assert returns(output)[0] < 30 and max(returns(output)) >= 150, output
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    flags = ["--learning-rate", 1e30, "--checkpoint-interval", 1, "--iteration-seconds", 1]
+    process = start(tmp_path, *flags)
+    output, _ = process.communicate()
+    assert process.returncode == 1 and "weight not finite" in output, output
 
 
 def test_a_mistake_is_one_sentence(tmp_path):
