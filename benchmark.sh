@@ -16,6 +16,7 @@
 #   ./benchmark.sh minigrid     pixels and words
 #   ./benchmark.sh metaworld    the stale regime of the method's authors
 #   ./benchmark.sh atari        Pong, Breakout and Freeway from pixels
+#   ./benchmark.sh rllib        APPO with GIPO's loss and its own, in an environment of its own: .venv-rllib
 #   ./benchmark.sh peers        Stable-Baselines3's PPO and SAC, in an environment of their own: .venv-peers
 #   ./benchmark.sh report       figures and tables from these files
 set -euo pipefail
@@ -24,12 +25,13 @@ subcommand=${1:-}
 case $subcommand in
   quick | speed | report) module=$subcommand; shift ;;
   random) module=random_returns; shift ;;
-  peers)
+  peers | rllib)
     module=experiments
-    if [[ ! -e .venv-peers/installed ]]; then
-      python -m venv --clear .venv-peers
-      .venv-peers/bin/pip install --quiet -r benchmark/requirements-peers.txt
-      touch .venv-peers/installed
+    requirements=$([[ $subcommand == peers ]] && echo benchmark/requirements-peers.txt || echo requirements-rllib.txt)
+    if [[ ! -e .venv-$subcommand/installed ]]; then
+      python -m venv --clear ".venv-$subcommand"
+      ".venv-$subcommand/bin/pip" install --quiet -r "$requirements"
+      touch ".venv-$subcommand/installed"
     fi
     ;;
   tune | staleness | ant | freeze | lag | sigma | minigrid | metaworld | atari) module=experiments ;;

@@ -22,6 +22,7 @@ from benchmark.scripts import ROOT
 GIPO = {"continuous": "gipo_continuous.py", "atari": "gipo_atari.py", "minigrid": "gipo_minigrid_vision.py"}
 STEPS = 150_000
 ATARI_STEPS = 1_000_000
+RLLIB_STEPS = 100_000
 METAWORLD_STEPS = 300_000
 QUICK_STEPS = 100_000
 QUICK_STEPS_MINIGRID = 20_000
@@ -54,7 +55,7 @@ OWN_SCRIPTS = {
     "decoupled": ("benchmark/ppo_decoupled.py", "clip"),
     "scaled-rate": ("benchmark/ppo_scaled_rate.py", "none"),
 }
-PEERS = ROOT / ".venv-peers" / "bin" / "python"
+PEERS, RLLIB = (ROOT / f".venv-{name}" / "bin" / "python" for name in ("peers", "rllib"))
 # nothing was ever chosen on them; far enough apart that no two runs share an environment's seed
 SEEDS = (11, 31, 51, 71, 91)
 
@@ -192,6 +193,22 @@ def peers() -> Iterator[Run]:
         yield Run(f"sb3-{algorithm}", "benchmark/sb3_agent.py", tuple(map(str, arguments)), PEERS)
 
 
+def rllib() -> Iterator[Run]:
+    """Two actors on CartPole: both losses at growing buffers; the lag by size and reuse; a single actor."""
+
+    def distributed(surrogate, seed, batches, reuse, actors=2):
+        flags = ("--surrogate", surrogate, "--seed", seed, "--buffer-batches", batches, "--buffer-reuse", reuse)
+        flags += ("--env-id", "CartPole-v1", "--num-env-runners", actors, "--total-timesteps", RLLIB_STEPS)
+        return Run(surrogate, "gipo_rllib.py", tuple(map(str, flags)), RLLIB)
+
+    sizes = (1, 8, 32)
+    for seed, batches, surrogate in itertools.product(SEEDS[:3], sizes, ("gipo", "clip")):
+        yield distributed(surrogate, seed, batches, 8)
+    for batches, reuse in itertools.product(sizes, (1, 2)):
+        yield distributed("gipo", SEEDS[0], batches, reuse)
+    yield distributed("gipo", SEEDS[0], 8, 8, actors=1)
+
+
 def quick() -> Iterator[Run]:
     """What fits into ten minutes of two cores; no Atari game is learned in that time."""
     yield from grid(("gipo", "clip"), SEEDS[:3], *buffers(1, 8), envs=("Hopper-v5",), steps=QUICK_STEPS)
@@ -200,7 +217,7 @@ def quick() -> Iterator[Run]:
         yield discrete(method, "MiniGrid-Empty-5x5-v0", seed, k, "minigrid", *flags)
 
 
-ALL = (tune, staleness, ant, freeze, lag, sigma, minigrid, metaworld, atari, peers, quick)
+ALL = (tune, staleness, ant, freeze, lag, sigma, minigrid, metaworld, atari, peers, rllib, quick)
 EXPERIMENTS = {experiment.__name__: experiment for experiment in ALL}
 
 
@@ -227,7 +244,8 @@ def main(args: Args) -> int:
         print(f"error: --only {args.only}: give a part of a command that --dry-run prints.", file=sys.stderr)
         return 2
     try:
-        return min(run_all(args.experiment, chosen, args.dry_run), 1)
+        workers = 1 if args.experiment == "rllib" else None  # each run has processes of its own
+        return min(run_all(args.experiment, chosen, args.dry_run, workers), 1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130

@@ -46,7 +46,12 @@ def play(env_id: str) -> dict[str, float]:
 def main() -> int:
     """Play random actions and write benchmark/results/random.csv; 2 if the tuning is missing."""
     try:
-        names = {run.value("--env-id") for name, plan in EXPERIMENTS.items() if name != "tune" for run in plan()}
+        names = {
+            run.value("--env-id")
+            for name, plan in EXPERIMENTS.items()
+            if name not in ("tune", "rllib")
+            for run in plan()
+        }
     except runs.Missing as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

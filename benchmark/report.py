@@ -259,6 +259,21 @@ def peers():
     fill("peers", table(["", "final return", "minutes"], lines))
 
 
+def rllib():
+    def key(run):
+        return run.method, *(
+            int(run.value(f"--{flag}")) for flag in ("buffer-batches", "buffer-reuse", "num-env-runners")
+        )
+
+    cells, zero = complete("rllib", key), defaultdict(float)
+    known = means(cells, "age_mean", "abs_logratio_p95", "ess", "SPS")
+    returns = intervals({name: evidence.values(own, "final_return", zero) for name, own in cells.items()}, 0)
+    label = {"gipo": "GIPO", "clip": "APPO's clip"}
+    lines = [[label[m], *map(str, rest), returns[m, *rest], *known[m, *rest].split(" / ")] for m, *rest in cells]
+    head = ["", "batches", "reuse", "actors", "final return", "age, updates", "p95 of abs(log r)", "ESS", "steps/s"]
+    fill("rllib", table(head, lines))
+
+
 def draw_lines(cells: dict[tuple[str, tuple[str, int]], Rows], steps: dict[str, int], path: Path, ylabel: str):
     """Mean learning curves, a panel for each environment of `steps` and a line for each method and K."""
     panels = [Panel(env_id, STEPS_AXIS, {}) for env_id in steps]
@@ -279,7 +294,7 @@ def main() -> int:
         )
         page.write_text(emptied)
     code = 0
-    for section in (tune, staleness, ant, freeze, lag, sigma, minigrid, metaworld, atari, peers):
+    for section in (tune, staleness, ant, freeze, lag, sigma, minigrid, metaworld, atari, peers, rllib):
         try:
             if rows(section.__name__):
                 section()

@@ -7,7 +7,6 @@ diverged. A row holds what the run was, its score and its learning curve, so the
 
 import csv
 import fcntl
-import importlib.metadata
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +41,19 @@ SETTINGS = (
     "freeze_buffer_at",
     "sigma",
     "sigma_neg",
+    "buffer_batches",
+    "buffer_reuse",
+    "num_env_runners",
 )
-AT_THE_END = ("offpolicy/abs_logratio_p95", "offpolicy/ess", "offpolicy/dead_fraction", "offpolicy/coef_mean")
-PACKAGES = ("torch", "gymnasium", "mujoco", "ale-py", "minigrid", "metaworld")
+AT_THE_END = (
+    "offpolicy/abs_logratio_p95",
+    "offpolicy/ess",
+    "offpolicy/dead_fraction",
+    "offpolicy/coef_mean",
+    "offpolicy/age_mean",
+    "charts/SPS",
+)
+PACKAGES = ("torch", "gymnasium", "mujoco", "ale-py", "minigrid", "metaworld", "stable-baselines3", "ray")
 COLUMNS = (
     "command",
     "method",
@@ -103,6 +113,14 @@ def revision(script: str) -> str:
     return commit.strip() + ("+" if changed else "")
 
 
+@cache
+def versions(python: Path) -> str:
+    """What an interpreter has of PACKAGES."""
+    listed = subprocess.run([python, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
+    known = dict(line.split("==", 1) for line in listed.splitlines() if "==" in line)
+    return " ".join(f"{name}={known[name]}" for name in PACKAGES if name in known)
+
+
 def curve(points: list[tuple[int, float]], total: int, parts: int) -> np.ndarray:
     """Means of the points in equal parts of the steps up to `total`; where a part has none, the one before's stands.
 
@@ -135,8 +153,7 @@ def row(run: Run, folder: Path) -> dict:
     found |= {"final_return": last_tenth("charts/episodic_return"), "mean_return": f"{returns.mean():.6g}"}
     found["final_success"] = last_tenth("charts/success_rate")
     found |= {tag.split("/")[1]: last_tenth(tag) for tag in AT_THE_END}
-    own = " ".join(f"{name}={importlib.metadata.version(name)}" for name in PACKAGES)
-    found["versions"] = args.get("versions", own)  # another interpreter has others
+    found["versions"] = versions(run.python)
     found["curve"] = " ".join(f"{value:.6g}" for value in returns)
     return found
 
@@ -170,8 +187,8 @@ def execute(run: Run) -> dict:
     return found | ({"diverged": 1, "final_return": "", "final_success": ""} if diverged else {})
 
 
-def run_all(experiment: str, runs: Iterable[Run], dry_run: bool = False) -> int:
-    """Do what is not done yet, and print what failed; returns how many did."""
+def run_all(experiment: str, runs: Iterable[Run], dry_run: bool = False, workers: int | None = None) -> int:
+    """Do what is not done yet, one run per core or `workers` at a time, and print what failed; returns how many did."""
     done = {known["command"] for known in rows(experiment)}
     missing = [run for run in dict.fromkeys(runs) if run.command not in done]
     if dry_run:
@@ -191,7 +208,7 @@ def run_all(experiment: str, runs: Iterable[Run], dry_run: bool = False) -> int:
             writer.writerow(found)
         shutil.rmtree(run.folder)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         futures = {pool.submit(work, run): run for run in missing}
         try:
             for future in tqdm(as_completed(futures), total=len(futures), desc=experiment, unit="run"):

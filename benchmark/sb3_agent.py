@@ -6,7 +6,6 @@ PPO sees normalized observations and rewards, as its documentation advises for M
 """
 
 import argparse
-import importlib.metadata
 import time
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 from torch.utils.tensorboard import SummaryWriter
-
-PACKAGES = ("stable-baselines3", "torch", "gymnasium", "mujoco")
 
 
 class LogEpisodes(BaseCallback):
@@ -49,8 +46,7 @@ def main():
         model = SAC("MlpPolicy", envs, seed=args.seed, device="cpu")
     folder = Path("runs", f"{args.env_id}__{args.algorithm}__{args.seed}__{time.time_ns()}")
     writer = SummaryWriter(folder)
-    versions = " ".join(f"{name}={importlib.metadata.version(name)}" for name in PACKAGES)
-    table = "\n".join(f"|{name}|{value}|" for name, value in (vars(args) | {"versions": versions}).items())
+    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     model.learn(args.total_timesteps, callback=LogEpisodes(writer))
     writer.close()

@@ -17,7 +17,7 @@ PAGE = "".join(f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n" 
 
 def made_up(run: runs.Run, final: float, **more) -> dict:
     row = {"command": run.command, "env_id": run.value("--env-id"), "method": run.method}
-    drift = {"abs_logratio_p95": 0.5, "ess": 0.9, "dead_fraction": 0.1}
+    drift = {"abs_logratio_p95": 0.5, "ess": 0.9, "dead_fraction": 0.1, "age_mean": 3, "SPS": 99}
     curve = " ".join([f"{final}"] * runs.CURVE_POINTS)
     scores = {"final_return": final, "mean_return": final, "final_success": 0.5, "curve": curve, "seconds": 60}
     return dict.fromkeys(runs.COLUMNS) | row | drift | scores | {"diverged": 0} | more
@@ -180,7 +180,7 @@ def test_quick_ends_with_a_figure_and_a_verdict_unless_a_run_failed(folder, monk
     monkeypatch.setattr(quick, "WORK", folder)
     failed = [1]
 
-    def run_all(experiment, plan, dry_run):
+    def run_all(experiment, plan, dry_run, workers):
         if failed[0]:
             return failed[0]
         rng = np.random.default_rng(4)
