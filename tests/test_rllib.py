@@ -178,9 +178,7 @@ def test_clip_s_coefficient_is_what_autograd_finds():
 
 def start(folder: Path, *flags) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "gipo_rllib.py"), *map(str, flags)]
-    env = os.environ | {
-        "RAY_worker_niceness": "0"
-    }  # Ray's is 15, which starves its actors on a machine with other work
+    env = os.environ | {"RAY_worker_niceness": "0"}  # not Ray's 15, which starves its actors beside other work
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
