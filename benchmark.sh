@@ -9,6 +9,9 @@
 #   ./benchmark.sh tune         bandwidth and learning rate of every surrogate, on environments that are not reported
 #   ./benchmark.sh random       random actions, the zero of the scores
 #   ./benchmark.sh staleness    return against the size K of the replay buffer
+#   ./benchmark.sh remedies     what may keep GIPO from running away from its data
+#   ./benchmark.sh search       rollouts and buffer for half the steps, on environments that are not reported
+#   ./benchmark.sh efficiency   GIPO after half the steps, PPO-clip after half and after all
 #   ./benchmark.sh ant          the same for Ant
 #   ./benchmark.sh freeze       nothing enters the buffer after a third of the training
 #   ./benchmark.sh lag          the policy that acts is up to 16 iterations old
@@ -34,7 +37,7 @@ case $subcommand in
       touch ".venv-$subcommand/installed"
     fi
     ;;
-  tune | staleness | ant | freeze | lag | sigma | minigrid | metaworld | atari) module=experiments ;;
+  tune | staleness | remedies | search | efficiency | ant | freeze | lag | sigma | minigrid | metaworld | atari) module=experiments ;;
   *) echo "error: give a subcommand: $(sed -n 's|^#  *./benchmark.sh \([a-z]*\).*|\1|p' "$0" | paste -sd ' ')" >&2; exit 2 ;;
 esac
 exec python -m "benchmark.$module" "$@"

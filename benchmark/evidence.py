@@ -18,7 +18,10 @@ Rows = list[dict[str, str]]
 
 
 def complete(experiment: str, key: Callable[[Run], Hashable]) -> dict[Hashable, Rows]:
-    """The rows of an experiment by key(run), for keys whose runs are all there; the others are named on stderr."""
+    """The rows of an experiment by key(run), for keys whose runs are all there; the others are named on stderr.
+
+    `Missing` if there is none.
+    """
     done, found = {row["command"]: row for row in rows(experiment)}, defaultdict(list)
     for run in EXPERIMENTS[experiment]():
         found[key(run)].append(done.get(run.command))
@@ -26,6 +29,8 @@ def complete(experiment: str, key: Callable[[Run], Hashable]) -> dict[Hashable, 
     for name, count in missing.items():
         print(f"{experiment}: left out, for runs are missing ({count}): {name}", file=sys.stderr)
     whole = {name: known for name, known in found.items() if name not in missing}
+    if not whole:
+        raise Missing("no cell has all its runs yet.")
     code = defaultdict(set)
     for row in itertools.chain(*whole.values()):
         code[row["command"].split()[1]].add(f"{row['revision']} with {row['versions']}")

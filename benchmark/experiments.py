@@ -9,8 +9,8 @@ TUNING_SEED chooses bandwidths and learning rates, on environments of their own;
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Literal
 
@@ -27,6 +27,19 @@ METAWORLD_STEPS = 300_000
 QUICK_STEPS = 100_000
 QUICK_STEPS_MINIGRID = 20_000
 LOCOMOTION = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
+
+DIMENSIONS = {"HalfCheetah-v5": 6, "Hopper-v5": 3, "Walker2d-v5": 6}  # of the actions
+# what else is tried where GIPO falls short: on which methods, at which K
+REMEDIES = {
+    "a third of the learning rate": (("gipo", "clip"), (1, 8, 32)),
+    "KL": (("gipo", "clip"), (1, 8, 32)),
+    "3 epochs": (("gipo", "clip"), (1, 8, 32)),
+    "stored advantages": (("gipo", "clip"), (8, 32)),
+    "a width for each dimension": (("gipo",), (1, 8, 32)),
+}
+
+# sample efficiency: who trains for how long, and the K to choose from
+EFFICIENCY = {("gipo", STEPS // 2): (8, 32), ("clip", STEPS // 2): (1,), ("clip", STEPS): (1,)}
 
 FREEZE_AT = 24 * 2048  # 24 rollouts of 2048 steps hold all that is collected until then
 
@@ -49,6 +62,7 @@ GRID: dict[str, list[tuple[str, ...]]] = {
 }
 RATES_WITHOUT_BANDWIDTH = ("1e-4", "2e-4", "3e-4", "5e-4", "1e-3", "2e-3")
 METHODS = tuple(GRID)
+Groups = dict[Hashable, list[Run]]
 COMPARED = ("gipo", "clip", "sapo", "tis", "none", "decoupled")
 # script and its surrogate; every other method is a surrogate of ppo_baseline.py
 OWN_SCRIPTS = {
@@ -77,23 +91,30 @@ def run(method: str, env_id: str, seed: int, *flags, domain: str = "continuous")
     return Run(method, script, tuple(map(str, arguments)))
 
 
+def tuning() -> Groups:
+    """The runs of each candidate (method, flags)."""
+
+    def batch(method, flags):
+        for env_id, k in itertools.product(TUNING, TUNING_EPOCHS):
+            yield run(method, env_id, TUNING_SEED, "--total-timesteps", STEPS, "--buffer-epochs", k, *flags)
+
+    return {(method, flags): list(batch(method, flags)) for method in METHODS for flags in candidates(method)}
+
+
 def tune() -> Iterator[Run]:
-    for method in METHODS:
-        for env_id, epochs, flags in itertools.product(TUNING, TUNING_EPOCHS, candidates(method)):
-            yield run(method, env_id, TUNING_SEED, "--total-timesteps", STEPS, "--buffer-epochs", epochs, *flags)
+    yield from itertools.chain(*tuning().values())
 
 
-def tuning_scores() -> dict[tuple[str, tuple[str, ...]], float]:
-    """The score of every candidate (method, flags): the mean over K and tuning environments, scaled to [0, 1].
+def scaled_means(experiment: str, groups: Groups) -> dict[Hashable, float]:
+    """The score of each group of runs: the mean of their final returns, scaled to [0, 1] within each environment.
 
-    0 and 1 are the worst and the best final return that any method reached in that environment while tuning; a run
-    that diverged counts as 0.
+    0 and 1 are the worst and the best of all groups; a run that diverged counts as 0.
     """
-    found = {known["command"]: known for known in rows("tune")}
-    runs = list(tune())
-    missing = [one.command for one in runs if one.command not in found]
+    found = {known["command"]: known for known in rows(experiment)}
+    runs = list(itertools.chain(*groups.values()))
+    missing = sum(one.command not in found for one in runs)
     if missing:
-        raise Missing(f"{len(missing)} runs of the tuning are missing; run ./benchmark.sh tune first.")
+        raise Missing(f"{missing} runs of {experiment} are missing; run ./benchmark.sh {experiment} first.")
     returns = defaultdict(list)
     for one in runs:
         known = found[one.command]
@@ -104,11 +125,12 @@ def tuning_scores() -> dict[tuple[str, tuple[str, ...]], float]:
         low, high = min(returns[known["env_id"]]), max(returns[known["env_id"]])
         return (float(known["final_return"]) - low) / (high - low) if known["final_return"] else 0.0
 
-    def score(method, flags):
-        own = [one for one in runs if one.method == method and one.arguments[-2 - len(flags) : -2] == flags]
-        return mean(scaled(found[one.command]) for one in own)
+    return {name: mean(scaled(found[one.command]) for one in group) for name, group in groups.items()}
 
-    return {(method, flags): score(method, flags) for method in METHODS for flags in candidates(method)}
+
+def tuning_scores() -> dict[tuple[str, tuple[str, ...]], float]:
+    """The score of every candidate (method, flags)."""
+    return scaled_means("tune", tuning())
 
 
 def tuned(method: str) -> tuple[str, ...]:
@@ -141,6 +163,38 @@ def staleness() -> Iterator[Run]:
     yield from grid(COMPARED, SEEDS, *buffers(2, 4, 16))
 
 
+def searching() -> Groups:
+    """The runs of each (method, steps, flags): smaller rollouts, each with as many gradient steps as a whole one has.
+
+    At equal steps PPO-clip at K = 1 may choose among these rollouts as GIPO may.
+    """
+    groups = {}
+    for (method, steps), sizes in EFFICIENCY.items():
+        for n, k, rate in itertools.product((256, 128, 64), sizes, RATES):
+            flags = ("--num-steps", n, "--num-minibatches", n // 16, "--update-epochs", 2560 // n)
+            flags += ("--buffer-epochs", k, *bandwidth(method), "--learning-rate", rate)
+            groups[method, steps, flags] = [
+                run(method, env_id, TUNING_SEED, "--total-timesteps", steps, *flags) for env_id in TUNING
+            ]
+    return groups
+
+
+def search() -> Iterator[Run]:
+    yield from itertools.chain(*searching().values())
+
+
+def searched() -> dict[tuple[str, int], tuple]:
+    """The best flags of each (method, steps)."""
+    known = scaled_means("search", searching())
+    return {own: max((key for key in known if key[:2] == own), key=known.get)[2] for own in EFFICIENCY}
+
+
+def efficiency() -> Iterator[Run]:
+    flags = searched()
+    for seed, env_id, (method, steps) in itertools.product(SEEDS, LOCOMOTION, EFFICIENCY):
+        yield run(method, env_id, seed, "--total-timesteps", steps, *flags[method, steps])
+
+
 def ant() -> Iterator[Run]:
     yield from grid(("gipo", "clip", "sapo", "tis"), SEEDS, *buffers(1, 8, 32), envs=("Ant-v5",), steps=2 * STEPS)
 
@@ -151,6 +205,29 @@ def freeze() -> Iterator[Run]:
 
 def lag() -> Iterator[Run]:
     yield from grid(("gipo", "clip", "tis", "decoupled"), SEEDS[:3], *(("--policy-lag", n) for n in (0, 2, 8, 16)))
+
+
+def remedy(name: str, method: str, env_id: str, seed: int, k: int) -> Run:
+    """A tuned run with one change, which its method names."""
+    *width, rate = tuned(method)
+    joint = float(width[1]) * DIMENSIONS[env_id] ** 0.5
+    flags = {
+        "a third of the learning rate": (*width, f"{float(rate) / 3:.1g}"),
+        "KL": (*width, rate),
+        "3 epochs": (*width, rate, "--update-epochs", 3),
+        "stored advantages": (*width, rate, "--advantage-source", "stored"),
+        "a width for each dimension": ("--sigma", f"{joint:.2f}", *width[2:], rate),
+    }[name]
+    made = run(method, env_id, seed, "--total-timesteps", STEPS, "--buffer-epochs", k, *flags)
+    if name == "KL":
+        made = replace(made, script="benchmark/with_kl.py", arguments=(made.script, *made.arguments))
+    return replace(made, method=f"{method}: {name}")
+
+
+def remedies() -> Iterator[Run]:
+    for seed, (name, (methods, sizes)) in itertools.product(SEEDS[:3], REMEDIES.items()):
+        for k, env_id, method in itertools.product(sizes, LOCOMOTION, methods):
+            yield remedy(name, method, env_id, seed, k)
 
 
 def sigma() -> Iterator[Run]:
@@ -217,7 +294,8 @@ def quick() -> Iterator[Run]:
         yield discrete(method, "MiniGrid-Empty-5x5-v0", seed, k, "minigrid", *flags)
 
 
-ALL = (tune, staleness, ant, freeze, lag, sigma, minigrid, metaworld, atari, peers, rllib, quick)
+CONTINUOUS = (tune, staleness, remedies, search, efficiency, ant, freeze, lag, sigma)
+ALL = (*CONTINUOUS, minigrid, metaworld, atari, peers, rllib, quick)
 EXPERIMENTS = {experiment.__name__: experiment for experiment in ALL}
 
 

@@ -49,7 +49,7 @@ def main() -> int:
         names = {
             run.value("--env-id")
             for name, plan in EXPERIMENTS.items()
-            if name not in ("tune", "rllib")
+            if name not in ("tune", "search", "efficiency", "rllib")
             for run in plan()
         }
     except runs.Missing as error:

@@ -24,6 +24,7 @@ from benchmark.experiments import (
     METHODS,
     STEPS,
     candidates,
+    searched,
     tuned,
     tuning_scores,
 )
@@ -35,6 +36,7 @@ FIGURES = ROOT / "docs" / "figures"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
 FEW = 5  # seeds
 NOTHING = "Not run yet."
+LABELS = {method: label for method, (label, *_) in NAMES.items()}
 DRIFT = ("abs_logratio_p95", "ess", "dead_fraction")
 
 
@@ -50,10 +52,10 @@ def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
-def by_method(cells: dict[tuple[str, Hashable], str], columns: dict[Hashable, str]) -> str:
+def by_method(cells: dict[tuple[str, Hashable], str], columns: dict[Hashable, str], labels=LABELS) -> str:
     """Markdown: a line for each method that has a cell, and columns with their names."""
-    methods = [method for method in NAMES if any((method, x) in cells for x in columns)]
-    lines = ([NAMES[method][0], *(cells.get((method, x), "") for x in columns)] for method in methods)
+    methods = [method for method in labels if any((method, x) in cells for x in columns)]
+    lines = ([labels[method], *(cells.get((method, x), "") for x in columns)] for method in methods)
     return table(["", *columns.values()], lines)
 
 
@@ -69,7 +71,7 @@ def verdicts(samples: dict[str, dict[str, Scores]], digits: int = 2) -> str:
             _, low, high = difference
             outcome = "GIPO is ahead" if low > 0 else "PPO-clip is ahead" if high < 0 else "no difference is shown"
             seeds = min(map(len, by["gipo"].values()))
-            outcome += f", by {seeds} seeds only" if seeds < FEW else ""
+            outcome += f", by {seeds} seed{'s'[: seeds - 1]} only" if seeds < FEW else ""
             found = (scores.iqm_with_interval(by["gipo"]), scores.iqm_with_interval(by["clip"]), difference)
             own, other, gap = (number(statistic, digits) for statistic in found)
             sentences.append(f"{place}: GIPO {own}, PPO-clip {other}, difference {gap}: {outcome}.")
@@ -103,6 +105,11 @@ def means(cells: dict[Hashable, Rows], *columns: str) -> dict[Hashable, str]:
     return {key: " / ".join(mean(known, column) for column in columns) for key, known in cells.items()}
 
 
+def env_and_k(run: Run) -> tuple[str, tuple[str, int]]:
+    """Key of a cell."""
+    return run.method, (run.value("--env-id"), int(run.value("--buffer-epochs")))
+
+
 # ---------------------------------------------------- Experiments ----------------------------------------------------
 def tune():
     known, lines = tuning_scores(), []
@@ -110,7 +117,7 @@ def tune():
         chosen = tuned(method)
         others = [known[method, flags] for flags in candidates(method) if flags != chosen]
         spread = f"{min(others):.2f} to {max(others):.2f}"
-        lines.append([NAMES[method][0], f"`{' '.join(chosen)}`", f"{known[method, chosen]:.2f}", spread])
+        lines.append([LABELS[method], f"`{' '.join(chosen)}`", f"{known[method, chosen]:.2f}", spread])
     fill("tune", table(["", "chosen", "its score", "the other five"], lines))
 
 
@@ -121,11 +128,23 @@ def staleness():
     against(found, NAMES, FIGURES / "staleness.png", "rollouts K in the replay buffer")
     fill("staleness", by_method(intervals(found), columns))
     fill("staleness-drift", by_method(means(cells, *DRIFT), columns))
+    single = complete("staleness", env_and_k)
+    places = {place: f"{place[0].removesuffix('-v5')}, K = {place[1]}" for place in sorted({p for _, p in single})}
+    returns = {cell: evidence.values(known, "final_return", scale.zero) for cell, known in single.items()}
+    texts = {cell: f"{next(iter(by_env.values())).mean():.0f}" for cell, by_env in returns.items()}
+    fill("staleness-returns", by_method(texts, places))
     stale = {m: (cells[m, 8], cells[m, 32]) for m in NAMES if (m, 8) in cells and (m, 32) in cells}
     pairs = {"K = 8 and 32 together": {m: pooled(scale, *stale[m]) for m in stale}}
     pairs["K = 1"] = {m: sample for (m, k), sample in found.items() if k == 1}
     fill("staleness-pooled", ranking(stale, scale))
-    fill("staleness-verdict", verdicts(pairs))
+    order = best_first(pairs["K = 8 and 32 together"])
+    rank = f" At K = 8 and 32, best first: {', '.join(LABELS[m] for m in order)}." if order else ""
+    fill("staleness-verdict", verdicts(pairs) + rank)
+
+
+def best_first(samples: dict[str, Scores]) -> list[str]:
+    """Methods by their interquartile mean."""
+    return sorted(samples, key=lambda method: -scores.iqm_with_interval(samples[method])[0])
 
 
 def ranking(cells: dict[str, tuple[Rows, ...]], scale: Scale) -> str:
@@ -133,9 +152,9 @@ def ranking(cells: dict[str, tuple[Rows, ...]], scale: Scale) -> str:
     final = {method: pooled(scale, *own) for method, own in cells.items()}
     paper = evidence.min_max(known for own in cells.values() for known in own)
     area, lines = Scale("mean_return"), []
-    for method in sorted(cells, key=lambda m: -scores.iqm_with_interval(final[m])[0]):
+    for method in best_first(final):
         other = (pooled(column, *cells[method]) for column in (area, paper))
-        line = [NAMES[method][0], *(number(scores.iqm_with_interval(sample)) for sample in (final[method], *other))]
+        line = [LABELS[method], *(number(scores.iqm_with_interval(sample)) for sample in (final[method], *other))]
         if "clip" in final and method != "clip":
             compare = (scores.difference_with_interval, scores.probability_of_improvement)
             line += [number(statistic(final[method], final["clip"])) for statistic in compare]
@@ -143,6 +162,33 @@ def ranking(cells: dict[str, tuple[Rows, ...]], scale: Scale) -> str:
     return table(
         ["", "final return", "mean return", "min-max", "ahead of PPO-clip by", "chance to beat PPO-clip"], lines
     )
+
+
+def remedies():
+    scale, key, columns = Scale(), by_flag("--buffer-epochs"), {k: f"K = {k}" for k in (1, 8, 32)}
+    labels = {method: f"{LABELS[method]}, as tuned" for method in ("gipo", "clip")}
+    cells = {name: known for name, known in complete("staleness", key).items() if name[0] in labels}
+    cells |= complete("remedies", key)
+    for method, _ in cells:
+        base, _, change = method.partition(": ")
+        labels.setdefault(method, f"{LABELS[base]}: {change}")
+    labels = dict(sorted(labels.items(), key=lambda item: item[0].startswith("clip")))  # stable
+    found = {name: scale(known) for name, known in cells.items()}
+    fill("remedies", by_method(intervals(found), columns, labels))
+    fill("remedies-drift", by_method(means(cells, *DRIFT), columns, labels))
+
+
+def efficiency():
+    scale, chosen = Scale(), searched()
+    cells = complete("efficiency", lambda run: (run.method, int(run.value("--total-timesteps"))))
+    found = {key: scale(known) for key, known in cells.items()}
+    texts = intervals(found)
+    head = ["", "steps", "chosen", "final return"]
+    lines = ([LABELS[m], f"{n:,}", f"`{' '.join(map(str, chosen[m, n]))}`", texts[m, n]] for m, n in texts)
+    fill("efficiency", table(head, lines))
+    ours = found.get(("gipo", STEPS // 2), {})
+    others = {n: {"gipo": ours, "clip": found[m, n]} for m, n in found if m == "clip"}
+    fill("efficiency-verdict", verdicts({f"Against PPO-clip after {n:,} steps": pair for n, pair in others.items()}))
 
 
 def ant():
@@ -200,11 +246,6 @@ def sigma():
     fill("sigma-ess", table(["", "best sigma", "its p95 of abs(log r)", "drift s", "sigma of the largest ESS"], ess))
 
 
-def env_and_k(run: Run) -> tuple[str, tuple[str, int]]:
-    """Key of a cell."""
-    return run.method, (run.value("--env-id"), int(run.value("--buffer-epochs")))
-
-
 def unscaled(experiment: str, *columns: str) -> dict[tuple[str, tuple[str, int]], Rows]:
     """Tables of columns as they are, beside random actions, and of the drift; returns the cells by method, (env, K)."""
     cells = complete(experiment, env_and_k)
@@ -239,6 +280,10 @@ def atari():
     cells = unscaled("atari", "final_return")
     games = dict.fromkeys(env_id for _, (env_id, _) in cells)
     draw_lines(cells, dict.fromkeys(games, ATARI_STEPS), FIGURES / "atari.png", "game score")
+    found, random = defaultdict(dict), evidence.zeros()
+    for (method, (env_id, k)), known in cells.items():
+        found[f"{env_id.split('/')[1]}, K = {k}"][method] = evidence.values(known, "final_return", random)
+    fill("atari-verdict", verdicts(found, 1))
 
 
 def peers():
@@ -255,7 +300,7 @@ def peers():
     ]
     over_time(panels, NAMES, FIGURES / "peers.png", "return: " + SCALE)
     finals = intervals({method: scale(known) for method, known in cells.items()})
-    lines = ([NAMES[m][0], finals[m], f"{minutes[m]:.1f}"] for m in NAMES if m in cells)
+    lines = ([LABELS[m], finals[m], f"{minutes[m]:.1f}"] for m in NAMES if m in cells)
     fill("peers", table(["", "final return", "minutes"], lines))
 
 
@@ -281,7 +326,7 @@ def draw_lines(cells: dict[tuple[str, tuple[str, int]], Rows], steps: dict[str, 
         end = steps[env_id] / 1000
         panels[list(steps).index(env_id)].lines[method, k] = end, evidence.curves(known, evidence.zeros()).mean(0)
     lines = dict.fromkeys(line for panel in panels for line in panel.lines)
-    styles = {(m, k): (f"{NAMES[m][0]}, K = {k}", NAMES[m][1], "-" if k == 1 else "--") for m, k in lines}
+    styles = {(m, k): (f"{LABELS[m]}, K = {k}", NAMES[m][1], "-" if k == 1 else "--") for m, k in lines}
     over_time(panels, styles, path, ylabel)
 
 
@@ -294,7 +339,8 @@ def main() -> int:
         )
         page.write_text(emptied)
     code = 0
-    for section in (tune, staleness, ant, freeze, lag, sigma, minigrid, metaworld, atari, peers, rllib):
+    continuous = (tune, staleness, remedies, efficiency, ant, freeze, lag, sigma)
+    for section in (*continuous, minigrid, metaworld, atari, peers, rllib):
         try:
             if rows(section.__name__):
                 section()

@@ -7,6 +7,7 @@ diverged. A row holds what the run was, its score and its learning curve, so the
 
 import csv
 import fcntl
+import itertools
 import os
 import re
 import shutil
@@ -84,6 +85,11 @@ class Run:
     python: Path = Path(sys.executable)
 
     @property
+    def positional(self) -> list[str]:
+        """What stands before the flags: a domain, or a script and its domain."""
+        return list(itertools.takewhile(lambda word: not word.startswith("--"), self.arguments))
+
+    @property
     def command(self) -> str:
         return " ".join(["python", self.script, *self.arguments])
 
@@ -105,11 +111,11 @@ def rows(experiment: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def revision(script: str) -> str:
-    """The commit that last changed a script; a plus says that it has been changed since."""
+def revision(*scripts: str) -> str:
+    """The commit that last changed any of the scripts; a plus says that one has been changed since."""
     git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "log", "-1", "--format=%h", "--", script], capture_output=True, text=True).stdout
-    changed = subprocess.run([*git, "status", "--porcelain", "--", script], capture_output=True, text=True).stdout
+    commit = subprocess.run([*git, "log", "-1", "--format=%h", "--", *scripts], capture_output=True, text=True).stdout
+    changed = subprocess.run([*git, "status", "--porcelain", "--", *scripts], capture_output=True, text=True).stdout
     return commit.strip() + ("+" if changed else "")
 
 
@@ -163,12 +169,12 @@ def execute(run: Run) -> dict:
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / "log.txt").open("a+") as log:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child keeps it, should this process die
-        current, started = revision(run.script), run.folder / "revision.txt"
+        scripts = [word for word in (run.script, *run.positional) if word.endswith(".py")]
+        current, started = revision(*scripts), run.folder / "revision.txt"
         saved = list(run.folder.glob("runs/*/checkpoint.pt"))
         resumed = bool(saved) and started.exists() and started.read_text() == current
         if resumed:
-            domain = [word for word in run.arguments[:1] if not word.startswith("--")]
-            arguments = [*domain, "--resume", str(saved[0].parent)]
+            arguments = [*run.positional, "--resume", str(saved[0].parent)]
         else:
             shutil.rmtree(run.folder / "runs", ignore_errors=True)
             started.write_text(current)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from harness import ROOT
 
-from benchmark import speed
+from benchmark import experiments, random_returns, runs, speed
 
 
 def test_speed_accounts_for_the_time(monkeypatch, tmp_path, capsys):
@@ -35,3 +35,14 @@ def test_bad_input(arguments):
     result = subprocess.run([ROOT / "benchmark.sh", *arguments], env=environment, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr and "Traceback" not in result.stderr
+
+
+def test_random_actions_have_a_return(monkeypatch, tmp_path):
+    plan = [experiments.run("clip", env_id, 1) for env_id in ("Hopper-v5", "MiniGrid-Empty-5x5-v0")]
+    monkeypatch.setattr(random_returns, "EXPERIMENTS", {"any": lambda: plan})
+    monkeypatch.setattr(random_returns, "EPISODES", 2)
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    assert random_returns.main() == 0
+    hopper, grid = runs.rows("random")
+    assert float(hopper["final_return"]) > 0 and hopper["final_success"] == ""
+    assert 0 <= float(grid["final_success"]) <= 1

@@ -1,11 +1,14 @@
 """The scripts under benchmark/ are the baseline with one change each, and nothing else."""
 
 import subprocess
+import sys
 
 import pytest
 import torch
 from harness import ROOT, load, run
 from test_contract import definitions
+
+from benchmark.with_kl import add_kl
 
 SMALL = "--env-id Hopper-v5 --num-envs 2 --num-steps 32 --num-minibatches 2 --update-epochs 2".split()
 
@@ -57,6 +60,26 @@ def test_the_proximal_policy_is_the_one_that_an_update_starts_from(epochs, monke
     end = run(module, monkeypatch, tmp_path, argv)
     assert (end.buffer.versions >= 0).sum() == epochs
     assert max(largest[::4]) < 1e-5 and min(largest[1::4]) > 1e-4
+
+
+def test_the_term_of_the_authors_pulls_every_sample_alike():
+    script = load("gipo_continuous")
+    args, advantages = script.ContinuousArgs(), torch.tensor([1.0, -2.0, 0.5])
+    logratio = torch.tensor([0.3, -100.0, 100.0], requires_grad=True)
+    alone = torch.autograd.grad(script.policy_loss(logratio, advantages, args)[0], logratio)[0]
+    coef = script.policy_loss(logratio, advantages, args)[1]
+    loss, logged = add_kl(script).policy_loss(logratio, advantages, args)
+    torch.testing.assert_close(torch.autograd.grad(loss, logratio)[0], alone - 0.1 / 3)
+    assert torch.equal(logged, coef) and loss.isfinite()
+
+
+@pytest.mark.parametrize("argv", [["gipo_continuous.py"], ["ppo_baseline.py", "continuous"]])
+def test_a_script_runs_with_that_term_and_resumes(argv, tmp_path):
+    start = [sys.executable, str(ROOT / "benchmark" / "with_kl.py"), *argv]
+    flags = [*SMALL, "--total-timesteps", "192", "--eval-episodes", "0"]
+    subprocess.run([*start, *flags], cwd=tmp_path, check=True, capture_output=True)
+    (folder,) = (tmp_path / "runs").iterdir()
+    subprocess.run([*start, "--resume", str(folder)], cwd=tmp_path, check=True, capture_output=True)
 
 
 def test_the_actor_s_rate_is_scaled_by_the_mean_weight_and_the_critic_s_is_not(monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from benchmark import evidence, experiments, quick, report, runs
 
 ENVS = {"HalfCheetah-v5": (-300.0, 1000.0), "Hopper-v5": (20.0, 500.0)}
 SCORES = {("clip", 1): 1.0, ("clip", 8): 0.3, ("clip", 32): 0.1}
-MARKERS = ("staleness", "staleness-verdict", "staleness-pooled", "staleness-drift")
+MARKERS = ("staleness", "staleness-verdict", "staleness-pooled", "staleness-returns", "staleness-drift")
 PAGE = "".join(f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n" for name in MARKERS)
 
 
@@ -104,7 +104,8 @@ def test_the_tables_of_staleness(results):
     assert page.startswith("before\n<!-- staleness -->\n|") and page.endswith(
         "|\n<!-- end of staleness-drift -->\nafter\n"
     )
-    (gipo, gipo_pooled, _), (clip, clip_pooled, _) = cells(page, "GIPO"), cells(page, "PPO-clip")
+    (gipo, gipo_pooled, returns, _), (clip, clip_pooled, _, _) = cells(page, "GIPO"), cells(page, "PPO-clip")
+    np.testing.assert_allclose([float(text) for text in returns], [870] * 3 + [450] * 3, rtol=0.1)
     middles = [[float(text.split()[0]) for text in line] for line in (gipo, clip)]
     # the mean of clip at K = 1 is the unit itself
     np.testing.assert_allclose(middles, [[0.9, 0.9, 0.9], [1, 0.3, 0.1]], atol=0.06)
@@ -112,13 +113,17 @@ def test_the_tables_of_staleness(results):
     assert final == pytest.approx(0.9, abs=0.06) and ahead == pytest.approx(0.7, abs=0.06) and chance == 1
     assert min_max > 0.85 and float(clip_pooled[2].split()[0]) < 0.3
     assert page.index("| GIPO | " + gipo_pooled[0]) < page.index("| PPO-clip | " + clip_pooled[0])  # best first
-    stale, fresh = re.findall(r"K = [^:]*:.*?: ([^:.]*)\.", page)
+    stale, fresh = re.findall(r"K = [^:]*: GIPO.*?: ([^:.]*)\.", page)
+    assert "best first: GIPO, PPO-clip." in page
     few = ", by 3 seeds only"
     assert stale == "GIPO is ahead" + few and fresh in ("PPO-clip is ahead" + few, "no difference is shown" + few)
 
 
 def test_every_experiment_has_its_place_on_the_real_pages(folder, monkeypatch):
     monkeypatch.setattr(experiments, "tuned", lambda method: experiments.candidates(method)[0])
+    best = {key[:2]: key[2] for key in experiments.searching()}
+    for module in (experiments, report):
+        monkeypatch.setattr(module, "searched", lambda: best)
     pages = [folder / "README.md", folder / "results.md"]
     monkeypatch.setattr(report, "PAGES", pages)
     for page, real in zip(pages, ("README.md", "docs/results.md"), strict=True):
@@ -135,7 +140,8 @@ def test_every_experiment_has_its_place_on_the_real_pages(folder, monkeypatch):
         raise AssertionError(empty)
     pictures = {path.name for path in (folder / "figures").iterdir()}
     assert pictures == {f"{name}.png" for name in ("staleness", "freeze", "lag", "sigma", "atari", "peers")}
-    assert set(re.findall(r"\(figures/([\w.]+)\)", text)) <= pictures
+    linked = set(re.findall(r"\(figures/([\w.]+)\)", text))
+    assert linked and linked <= pictures
 
 
 def test_what_is_gone_is_not_run_yet_and_what_lacks_its_ground_is_an_error(results, capsys):

@@ -66,15 +66,25 @@ def process(places, monkeypatch):
         return SimpleNamespace(returncode=stand_in.code)
 
     monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=start, CalledProcessError=CalledProcessError))
-    monkeypatch.setattr(runs, "revision", lambda script: stand_in.revision)
+    monkeypatch.setattr(runs, "revision", lambda *scripts: stand_in.revision)
     monkeypatch.setattr(runs, "row", lambda run, folder: {"final_return": "7", "diverged": 0})
     stand_in.revision = "abc"
     return stand_in
 
 
-@pytest.mark.parametrize("method", ["gipo", "clip", "decoupled"])
-def test_an_interrupted_run_goes_on_with_the_same_code_only(method, process):
+@pytest.mark.parametrize(
+    "method, positional",
+    [
+        ("gipo", []),
+        ("clip", ["continuous"]),
+        ("decoupled", ["continuous"]),
+        ("KL", ["ppo_baseline.py", "continuous"]),
+    ],
+)
+def test_an_interrupted_run_goes_on_with_the_same_code_only(method, positional, process):
     run = experiments.run(method, "Hopper-v5", 1)
+    if method == "KL":
+        run = runs.Run(method, "benchmark/with_kl.py", (*positional, "--env-id", "Hopper-v5"))
     assert runs.execute(run)["seconds"] == 0  # and leaves its folder, as an interrupted one would
     saved = run.folder / "runs" / "one"
     (saved / "checkpoint.pt").touch()
@@ -82,9 +92,8 @@ def test_an_interrupted_run_goes_on_with_the_same_code_only(method, process):
     process.revision = "def"
     assert runs.execute(run)["seconds"] == 0 and not (saved / "checkpoint.pt").exists()
     script = [sys.executable, str(ROOT / run.script)]
-    domain = [] if method == "gipo" else ["continuous"]
     fresh = [*script, *run.arguments]
-    assert process.commands == [fresh, [*script, *domain, "--resume", str(saved)], fresh]
+    assert process.commands == [fresh, [*script, *positional, "--resume", str(saved)], fresh]
 
 
 def test_a_run_whose_loss_is_not_finite_has_a_row(process):
@@ -143,14 +152,16 @@ def test_tuning_takes_the_best_mean_of_scaled_returns(monkeypatch):
 
 def test_tuning_shares_nothing_with_what_is_reported(monkeypatch):
     monkeypatch.setattr(experiments, "tuned", lambda method: experiments.candidates(method)[0])
-    tuning = list(experiments.tune())
-    reported = [run for name, batch in experiments.EXPERIMENTS.items() if name != "tune" for run in batch()]
+    monkeypatch.setattr(experiments, "searched", lambda: {key[:2]: key[2] for key in experiments.searching()})
+    tuning, search = list(experiments.tune()), list(experiments.search())
+    names = experiments.EXPERIMENTS.keys() - {"tune", "search"}
+    reported = [run for name in names for run in experiments.EXPERIMENTS[name]()]
 
     def values(batch, flag):
         return {run.arguments[run.arguments.index(flag) + 1] for run in batch}
 
     for flag in ("--env-id", "--seed"):
-        assert not values(tuning, flag) & values(reported, flag)
+        assert not values(tuning + search, flag) & values(reported, flag)
     budgets = {method: sum(run.method == method for run in tuning) for method in experiments.METHODS}
     assert len(set(budgets.values())) == 1
     assert len(tuning) == len(set(tuning))
