@@ -1,0 +1,76 @@
+"""Every command of the pages runs, in the order in which a reader meets it; what no test runs is on a list."""
+
+import re
+import subprocess
+import sys
+
+from harness import ROOT
+
+from benchmark import experiments
+
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), CONTRIBUTING]
+TOOLS = "python|uv|tensorboard|diff|pre-commit|./benchmark.sh"
+# how a command begins, and what runs it instead
+ELSEWHERE = {
+    "python3 -m venv": ".ci/run",
+    "pip install -r requirements": ".ci/run",
+    "python -m pytest": ".ci/run",
+    "python gipo_rllib.py": "tests/test_rllib.py",
+    "python -m analysis.": "tests/test_theory.py",
+    "./benchmark.sh speed": "tests/test_benchmark.py",
+    "./benchmark.sh random": "tests/test_benchmark.py",
+    "./benchmark.sh quick": "tests/test_report.py",
+    "./benchmark.sh report": "tests/test_report.py",
+}
+SHORT = ["--total-timesteps", "2048", "--eval-episodes", "1"]
+
+
+def by_hand() -> list[str]:
+    listed = CONTRIBUTING.read_text().split("## What no test runs\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `([^`]+)`", listed, re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """The lines of all blocks of bash, and what stands in backquotes and begins with a tool, once each."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            found += [line.split("  #")[0].strip() for line in block.splitlines()]
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        found += [" ".join(one.split()) for one in re.findall(rf"`((?:{TOOLS})\s[^`]+)`", prose)]
+    return [one for one in dict.fromkeys(found) if one not in by_hand() and not one.startswith(tuple(ELSEWHERE))]
+
+
+def test_every_experiment_that_a_page_names_has_a_plan(monkeypatch, capsys):
+    named = [command.split()[1] for command in commands() if command.startswith("./benchmark.sh")]
+    assert len(named) > 5
+    monkeypatch.setattr("benchmark.runs.rows", lambda experiment: [])  # as if nothing had been run
+    best = {key[:2]: key[2] for key in experiments.searching()}
+    monkeypatch.setattr(experiments, "searched", lambda: best)
+    for experiment in named:
+        assert experiments.main(experiments.Args(experiment, dry_run=True)) == 0
+        assert "--seed" in capsys.readouterr().out
+
+
+def test_commands_run(tmp_path):
+    ran = 0
+    for command in commands():
+        program, *arguments = command.split()
+        if program == "./benchmark.sh":
+            continue
+        if "runs/Hopper-v5__..." in arguments:
+            arguments[arguments.index("runs/Hopper-v5__...")] = str(next((tmp_path / "runs").glob("Hopper-v5__*")))
+        elif program == "python":
+            arguments += SHORT
+        arguments = [str(ROOT / one) if one.endswith(".py") else one for one in arguments]
+        start = [{"python": sys.executable}.get(program, program), *arguments]
+        result = subprocess.run(start, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == (program == "diff"), f"{command}: {result.stderr}"
+        ran += 1
+    assert ran > 5
+
+
+def test_what_runs_elsewhere_is_there():
+    assert all((ROOT / file).exists() for file in ELSEWHERE.values())
