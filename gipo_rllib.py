@@ -271,7 +271,9 @@ def make_config(args: Args) -> APPOConfig:
         filters = [[32, 8, 4], [64, 4, 2], [64, 3, 1]]  # Mnih et al. 2015
         model = DefaultModelConfig(conv_filters=filters, head_fcnet_hiddens=[512], vf_share_layers=True)
     prepare = partial(FrameStackingEnvToModule, num_frames=4) if with_pixels else MeanStdFilter
-    config = APPOConfig().environment(args.env_id)
+    # actions in the environment's own units, as in the scripts: scaled to (-1, 1), a mean drifts past the bounds, where
+    # all actions are one and nothing can be learned
+    config = APPOConfig().environment(args.env_id, normalize_actions=False, clip_actions=True)
     config.env_runners(
         num_env_runners=args.num_env_runners,
         num_envs_per_env_runner=args.num_envs,

@@ -219,8 +219,9 @@ def test_cartpole_is_learned_though_an_actor_is_killed_and_the_run_resumed(tmp_p
 
 
 def test_a_continuous_task_is_learned(tmp_path):
-    flags = ["--env-id", "InvertedPendulum-v5", "--buffer-reuse", 8, "--total-timesteps", 200_000]
-    process = start(tmp_path, *flags, "--iteration-seconds", 2)
+    flags = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 200_000, "--iteration-seconds", 2]
+    flags += ["--batch-size", 200, "--buffer-reuse", 8, "--reward-scale", 0.1]
+    process = start(tmp_path, *flags)
     found = []
     for line in process.stdout:
         found.append(line)
