@@ -344,6 +344,9 @@ def scalars_of(result: dict) -> dict[str, float]:
     }
     learner = result.get("learners", {}).get("default_policy", {})
     scalars |= {tag: value for tag, value in learner.items() if tag.startswith(("losses/", "offpolicy/"))}
+    # below --buffer-reuse where the learner cannot keep up
+    trained = learner.get("num_module_steps_trained_lifetime", 0)
+    scalars["offpolicy/reuse"] = trained / max(1, result["num_env_steps_sampled_lifetime"])
     # NaN is RLlib's word for what did not happen in this iteration
     return {tag: float(value) for tag, value in scalars.items() if value is not None and math.isfinite(value)}
 
