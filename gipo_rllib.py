@@ -11,7 +11,7 @@ mu is the policy that acted, some updates ago, on another process or machine; A 
     python gipo_rllib.py --resume runs/RUN
     tensorboard --logdir runs
 
---surrogate clip is APPO's own loss at the same settings.
+--surrogate clip is APPO's clipped loss at the same settings, advantages and bootstrap.
 """
 
 import dataclasses
@@ -62,9 +62,10 @@ class Args:
     address: str | None = None
     """Ray cluster to join, as in ray.init; none starts a local one"""
     resume: Path | None = None
-    """go on with the run in this folder; all flags but those above and below come from there"""
+    """go on with the run in this folder and its flags; only the address, steps and intervals here may be new"""
     checkpoint_interval: int = 10
-    """iterations between checkpoints, each of which replaces the last (1 to 100); one more is saved at the end"""
+    """iterations between checkpoints, each of which replaces the last (1 to 100); one more is saved at the end; weights
+    that are not finite stop the run instead"""
     iteration_seconds: float = 5.0
     """shortest time between two lines of the log (1 to 60)"""
 
@@ -180,6 +181,13 @@ def clip_loss(logratio, old_logratio, pg_advantages, args: Args):
 class Learner(APPOTorchLearner):
     """APPO's learner with the policy loss that --surrogate names, and the scripts' diagnostics."""
 
+    def update(self, *args, **kwargs):
+        # RLlib queues means every few gradient steps and reads them every few batches: with reuse it falls ever further
+        # behind, and would log those of long ago
+        while self._learner_thread_out_queue.qsize() > 1:
+            self._learner_thread_out_queue.get()
+        return super().update(*args, **kwargs)
+
     def compute_loss_for_module(self, *, module_id, config, batch, fwd_out):
         args, module = config.learner_config_dict["args"], self.module[module_id].unwrapped()
         mask = batch[Columns.LOSS_MASK]  # false in the row that APPO adds to bootstrap from
@@ -238,6 +246,7 @@ class Learner(APPOTorchLearner):
         scalars |= {"losses/policy_loss": pg_loss, "losses/value_loss": v_loss, "losses/entropy": entropy_loss}
         scalars |= {"offpolicy/age_mean": age.mean(), "offpolicy/age_max": age.max()}
         self.metrics.log_dict({tag: value.detach() for tag, value in scalars.items()}, key=module_id, window=100)
+        self.metrics.log_value((module_id, "charts/gradient_steps"), self._weights_seq_no, reduce="max", window=100)
         return pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
 
 
@@ -324,11 +333,14 @@ def read_args() -> Args:
 
 def save(algorithm, folder: Path, step: int):
     """Save a checkpoint with RLlib's means, under its name only when it is whole; then older ones go."""
+    named = folder / CHECKPOINT.replace("*", str(step))
+    if named.exists():
+        return  # no step came since
     new = folder / "saving"
     shutil.rmtree(new, ignore_errors=True)
     algorithm.save_to_path(str(new.absolute()))
     older = list(folder.glob(CHECKPOINT))
-    new.rename(folder / CHECKPOINT.replace("*", str(step)))
+    new.rename(named)
     for path in older:
         shutil.rmtree(path)
 
@@ -343,15 +355,14 @@ def scalars_of(result: dict) -> dict[str, float]:
         "charts/actor_restarts": tolerance.get("num_remote_worker_restarts"),
     }
     learner = result.get("learners", {}).get("default_policy", {})
-    scalars |= {tag: value for tag, value in learner.items() if tag.startswith(("losses/", "offpolicy/"))}
-    # below --buffer-reuse where the learner cannot keep up
-    trained = learner.get("num_module_steps_trained_lifetime", 0)
-    scalars["offpolicy/reuse"] = trained / max(1, result["num_env_steps_sampled_lifetime"])
+    scalars |= {tag: value for tag, value in learner.items() if tag.startswith(("charts/", "losses/", "offpolicy/"))}
     # NaN is RLlib's word for what did not happen in this iteration
     return {tag: float(value) for tag, value in scalars.items() if value is not None and math.isfinite(value)}
 
 
 def main(args: Args, config: APPOConfig):
+    if not args.env_id.startswith("ALE/"):
+        torch.set_num_threads(1)  # for networks this small threads only wait for each other, and actors need the cores
     stops = []
 
     def stop_after_iteration(signum, _):
@@ -393,7 +404,7 @@ def main(args: Args, config: APPOConfig):
             writer.add_scalar(tag, value, step)
         shown = (f"{tag.split('/')[1]} {scalars[tag]:.3g}" for tag in SHOWN if tag in scalars)
         print(f"step {step}: {', '.join(shown)}", flush=True)
-        if scalars["charts/actor_restarts"] > restarts:
+        if scalars.get("charts/actor_restarts", 0) > restarts:
             restarts = scalars["charts/actor_restarts"]
             print(f"an actor died and was started again; {restarts:.0f} restarts so far", flush=True)
         last = stops or step >= args.total_timesteps
