@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measurements of the scripts and the evidence. --help after a subcommand lists its flags.
+# Measurements of the scripts and the evidence. --help after a subcommand lists its flags (costs has none).
 #
 #   ./benchmark.sh quick        GIPO and PPO-clip on fresh and stale data, in about ten minutes of two cores
 #   ./benchmark.sh speed        steps per second next to the bare environments, and where the time goes
@@ -20,6 +20,7 @@
 #   ./benchmark.sh metaworld    the stale regime of the method's authors
 #   ./benchmark.sh atari        Pong, Breakout and Freeway from pixels
 #   ./benchmark.sh rllib        APPO with GIPO's loss and its own, in an environment of its own: .venv-rllib
+#   ./benchmark.sh costs        what a message and a gradient step cost there, for an estimate at many actors
 #   ./benchmark.sh peers        Stable-Baselines3's PPO and SAC, in an environment of their own: .venv-peers
 #   ./benchmark.sh report       figures and tables from these files
 set -euo pipefail
@@ -28,14 +29,16 @@ subcommand=${1:-}
 case $subcommand in
   quick | speed | report) module=$subcommand; shift ;;
   random) module=random_returns; shift ;;
-  peers | rllib)
+  peers | rllib | costs)
     module=experiments
-    requirements=$([[ $subcommand == peers ]] && echo benchmark/requirements-peers.txt || echo requirements-rllib.txt)
-    if [[ ! -e .venv-$subcommand/installed ]]; then
-      python -m venv --clear ".venv-$subcommand"
-      ".venv-$subcommand/bin/pip" install --quiet -r "$requirements"
-      touch ".venv-$subcommand/installed"
+    name=${subcommand/costs/rllib}
+    requirements=$([[ $name == peers ]] && echo benchmark/requirements-peers.txt || echo requirements-rllib.txt)
+    if [[ ! -e .venv-$name/installed ]]; then
+      python -m venv ".venv-$name"
+      ".venv-$name/bin/pip" install --quiet -r "$requirements"
+      touch ".venv-$name/installed"
     fi
+    [[ $subcommand == costs ]] && exec ".venv-$name/bin/python" benchmark/rllib_costs.py
     ;;
   tune | staleness | remedies | search | efficiency | ant | freeze | lag | sigma | minigrid | metaworld | atari) module=experiments ;;
   *) echo "error: give a subcommand: $(sed -n 's|^#  *./benchmark.sh \([a-z]*\).*|\1|p' "$0" | paste -sd ' ')" >&2; exit 2 ;;

@@ -128,3 +128,20 @@ def ess(sigma: float, s: float) -> float:
 def widest_ess(s: float) -> float:
     """The sigma with the largest effective sample size at drift s."""
     return minimize_scalar(lambda sigma: -ess(sigma, s), bounds=(0.05, 5), method="bounded").x
+
+
+def age(actors: int, reuse: int, costs: dict[str, float]) -> float:
+    """Rule for RLlib: the mean age of a sample, in gradient steps, where the learner keeps up.
+
+    While an actor plays a message each actor delivers one; filling the batch and sending weights take the time of
+    another batch; and a batch is learned from `reuse` times.
+    """
+    return reuse * (actors * costs["message_steps"] / costs["batch_steps"] + 1) + (reuse - 1) / 2
+
+
+def speed(actors: int, costs: dict[str, float]) -> tuple[float, bool]:
+    """Estimate for RLlib: steps/s, and whether the learner limits them, which does one thing after the other."""
+    played = actors * costs["message_steps"] / costs["play_seconds"]
+    batch = costs["batch_seconds"] + costs["reuse"] * costs["update_seconds"]
+    learned = 1 / (costs["receive_seconds"] / costs["message_steps"] + batch / costs["batch_steps"])
+    return min(played, learned), played > learned

@@ -1,6 +1,6 @@
 """Figures and tables from benchmark/results/*.csv and nothing else; the same files give the same bytes.
 
-./benchmark.sh report        # rewrites docs/figures and what stands between the markers of README and docs/results.md
+./benchmark.sh report        # rewrites docs/figures and what stands between the markers of the pages
 
 A cell of a table and a point of a figure stand for several runs, and appear once all of these are there.
 """
@@ -33,7 +33,7 @@ from benchmark.scores import Scores
 from benchmark.scripts import ROOT
 
 FIGURES = ROOT / "docs" / "figures"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "gipo.md"]
 FEW = 5  # seeds
 NOTHING = "Not run yet."
 LABELS = {method: label for method, (label, *_) in NAMES.items()}
@@ -95,12 +95,12 @@ def intervals(cells: dict[Hashable, Scores], digits: int = 2) -> dict[Hashable, 
     return {key: number(scores.iqm_with_interval(sample), digits) for key, sample in cells.items()}
 
 
-def means(cells: dict[Hashable, Rows], *columns: str) -> dict[Hashable, str]:
+def means(cells: dict[Hashable, Rows], *columns: str, pattern: str = "{:.2g}") -> dict[Hashable, str]:
     """Means of columns over the runs of a cell that did not diverge."""
 
     def mean(known, column):
         left = [float(row[column]) for row in known if row["diverged"] != "1"]
-        return f"{np.mean(left):.2g}" if left else "-"
+        return pattern.format(np.mean(left)) if left else "-"
 
     return {key: " / ".join(mean(known, column) for column in columns) for key, known in cells.items()}
 
@@ -311,12 +311,38 @@ def rllib():
         )
 
     cells, zero = complete("rllib", key), defaultdict(float)
-    known = means(cells, "age_mean", "abs_logratio_p95", "ess", "SPS")
+    ages, drifts = means(cells, "age_mean"), means(cells, "abs_logratio_p95", "ess")
+    speeds = means(cells, "SPS", pattern="{:,.0f}")
     returns = intervals({name: evidence.values(own, "final_return", zero) for name, own in cells.items()}, 0)
     label = {"gipo": "GIPO", "clip": "APPO's clip"}
-    lines = [[label[m], *map(str, rest), returns[m, *rest], *known[m, *rest].split(" / ")] for m, *rest in cells]
-    head = ["", "batches", "reuse", "actors", "final return", "age, updates", "p95 of abs(log r)", "ESS", "steps/s"]
+    lines = []
+    for name in cells:
+        method, batches, reuse, actors = name
+        rule = f"{evidence.age(actors, reuse, measured_costs()):.2g}" if rows("costs") else ""
+        settings = [label[method], str(batches), str(reuse), str(actors)]
+        lines.append([*settings, returns[name], ages[name], rule, *drifts[name].split(" / "), speeds[name]])
+    head = ["", "batches", "reuse", "actors", "return", "age", "by the rule", "p95 of abs(log r)", "ESS", "steps/s"]
     fill("rllib", table(head, lines))
+
+
+def measured_costs() -> dict[str, float]:
+    return {row["quantity"]: float(row["value"]) for row in rows("costs")}
+
+
+def costs():
+    """What many actors can be expected to do, from the costs that were measured with one."""
+    known = measured_costs()
+    milliseconds = ("play", "receive", "batch", "update")
+    measured = [f"{1000 * known[f'{name}_seconds']:.3g} ms" for name in milliseconds]
+    measured.append(f"{known['message_bytes'] / 1024:.0f} KiB")
+    head = ["an actor plays a message", "it is received", "a batch is prepared", "gradient step", "size of a message"]
+    fill("costs", table(head, [measured]))
+    lines = []
+    for actors in (1, 2, 10, 100):
+        steps, saturated = evidence.speed(actors, known)
+        age = evidence.age(actors, int(known["reuse"]), known)
+        lines.append([str(actors), f"{steps:,.0f}", "the learner" if saturated else "the actors", f"{age:.3g}"])
+    fill("costs-estimate", table(["actors", "steps/s", "limited by", "age"], lines))
 
 
 def draw_lines(cells: dict[tuple[str, tuple[str, int]], Rows], steps: dict[str, int], path: Path, ylabel: str):
@@ -340,7 +366,7 @@ def main() -> int:
         page.write_text(emptied)
     code = 0
     continuous = (tune, staleness, remedies, efficiency, ant, freeze, lag, sigma)
-    for section in (*continuous, minigrid, metaworld, atari, peers, rllib):
+    for section in (*continuous, minigrid, metaworld, atari, peers, rllib, costs):
         try:
             if rows(section.__name__):
                 section()

@@ -29,8 +29,7 @@ MESSAGES = 100
 def costs() -> dict[str, float]:
     """What is measured, by name; beside it the sizes that an estimate needs."""
     args = gipo_rllib.Args(num_env_runners=1, iteration_seconds=TRAINING)
-    config = gipo_rllib.make_config(args)
-    algorithm = config.build_algo()
+    algorithm = gipo_rllib.make_config(args).build_algo()
     result = algorithm.train()
     learners = result["learners"]["__all_modules__"]
     (actor,) = algorithm.env_runner_group._worker_manager.actors().values()
@@ -53,7 +52,6 @@ def costs() -> dict[str, float]:
         "message_steps": args.num_envs * args.num_steps,
         "batch_steps": args.batch_size,
         "reuse": args.buffer_reuse,
-        "messages_in_flight": config.max_requests_in_flight_per_env_runner,
     }
 
 

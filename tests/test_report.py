@@ -134,6 +134,9 @@ def test_every_experiment_has_its_place_on_the_real_pages(folder, monkeypatch):
         write(folder / f"{name}.csv", [made_up(run, 100 + rng.normal()) for run in plan])
     names = {run.value("--env-id") for plan in plans.values() for run in plan}
     write(folder / "random.csv", [{"env_id": env, "final_return": 7, "final_success": 0.25} for env in names])
+    costs = dict.fromkeys(("play_seconds", "receive_seconds", "batch_seconds", "update_seconds", "message_bytes"), 1)
+    costs |= dict.fromkeys(("message_steps", "batch_steps", "reuse"), 1)
+    write(folder / "costs.csv", [{"quantity": name, "value": value} for name, value in costs.items()])
     report.main()
     text = pages[1].read_text()
     for empty in re.findall(r"<!-- ([\w-]+) -->\n\s*<!-- end", text):
@@ -202,3 +205,12 @@ def test_quick_ends_with_a_figure_and_a_verdict_unless_a_run_failed(folder, monk
     out = capsys.readouterr().out
     assert out.count("GIPO is ahead") == 4 and all(f"{env_id}, return: K = 1: GIPO" in out for env_id in quick.STEPS)
     assert (folder / "quick.png").exists()
+
+
+def test_many_actors_saturate_the_learner():
+    costs = {"play_seconds": 0.1, "receive_seconds": 0.01, "batch_seconds": 0.02, "update_seconds": 0.01}
+    costs |= {"message_steps": 200, "batch_steps": 400, "reuse": 4}
+    assert evidence.speed(1, costs) == (2000, False)
+    # two messages and a batch take 0.01 + 0.01 + 0.02 + 4 x 0.01 seconds and bring 400 steps
+    assert evidence.speed(100, costs) == (pytest.approx(5000), True)
+    assert evidence.age(2, 4, costs) == 4 * 2 + 1.5
