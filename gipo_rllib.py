@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
+import numpy as np
 import ray
 import torch
 import tyro
@@ -410,7 +411,7 @@ def main(args: Args, config: APPOConfig):
         last = stops or step >= args.total_timesteps
         if last or iteration % args.checkpoint_interval == 0:
             weights = algorithm.learner_group.get_weights()["default_policy"]
-            if not all(torch.as_tensor(w).isfinite().all() for w in weights.values()):
+            if not all(np.isfinite(w).all() for w in weights.values()):
                 print(f"error: the run stops, {folder} keeps its last checkpoint: weight not finite", file=sys.stderr)
                 sys.exit(1)
             save(algorithm, folder, step)
