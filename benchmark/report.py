@@ -5,6 +5,7 @@
 A cell of a table and a point of a figure stand for several runs, and appear once all of these are there.
 """
 
+import itertools
 import re
 import sys
 from collections import defaultdict
@@ -173,9 +174,18 @@ def remedies():
         base, _, change = method.partition(": ")
         labels.setdefault(method, f"{LABELS[base]}: {change}")
     labels = dict(sorted(labels.items(), key=lambda item: item[0].startswith("clip")))  # stable
-    found = {name: scale(known) for name, known in cells.items()}
-    fill("remedies", by_method(intervals(found), columns, labels))
+    fill("remedies", by_method(intervals({name: scale(known) for name, known in cells.items()}), columns, labels))
     fill("remedies-drift", by_method(means(cells, *DRIFT), columns, labels))
+    columns = {(k,): f"K = {k}" for k in (1, 8, 32)} | {(8, 32): "K = 8 and 32"}
+
+    def ahead(ours, theirs, sizes):
+        pair = [[cells.get((method, k)) for k in sizes] for method in (ours, theirs)]
+        whole = all(itertools.chain(*pair))
+        return number(scores.difference_with_interval(*(pooled(scale, *own) for own in pair))) if whole else ""
+
+    changes = {ours.partition(": ")[2]: (ours, ours.replace("gipo", "clip")) for ours in labels if ours[:4] == "gipo"}
+    lines = [[change or "as tuned", *(ahead(*pair, sizes) for sizes in columns)] for change, pair in changes.items()]
+    fill("remedies-ahead", table(["", *columns.values()], (line for line in lines if any(line[1:]))))
 
 
 def efficiency():

@@ -141,6 +141,10 @@ def test_every_experiment_has_its_place_on_the_real_pages(folder, monkeypatch):
     text = pages[1].read_text()
     for empty in re.findall(r"<!-- ([\w-]+) -->\n\s*<!-- end", text):
         raise AssertionError(empty)
+    ahead = text[text.index("<!-- remedies-ahead -->") : text.index("<!-- end of remedies-ahead -->")]
+    for change in ("as tuned", "KL", "3 epochs"):
+        (line,) = cells(ahead, change)
+        assert len(line) == 4 and all(" to " in cell for cell in line)
     pictures = {path.name for path in (folder / "figures").iterdir()}
     assert pictures == {f"{name}.png" for name in ("staleness", "freeze", "lag", "sigma", "atari", "peers")}
     linked = set(re.findall(r"\(figures/([\w.]+)\)", text))
