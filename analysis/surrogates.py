@@ -52,7 +52,7 @@ def draw() -> plt.Figure:
         ax.axhline(0, color="gray", linewidth=0.6)
     positive.set_ylabel("gradient coefficient c")
     dead.set(xlabel="drift s of the log-ratio", ylabel="samples with |c| < 0.001, %")
-    dead.set_title("without gradient", fontsize=10)
+    dead.set_title("teach next to nothing", fontsize=10)
     fig.legend(*positive.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8, handlelength=2.5)
     return fig
 
