@@ -165,6 +165,25 @@ def test_age_counts_the_gradient_steps_between(monkeypatch):
     assert logged["offpolicy/age_mean"] == age and logged["offpolicy/ess"] < 1
 
 
+def test_means_that_are_logged_are_the_newest(monkeypatch):
+    _, _, learner = make_learner("CartPole-v1")
+    waiting = learner._learner_thread_out_queue
+    for number in range(3):
+        waiting.put(number)
+    monkeypatch.setattr(APPOTorchLearner, "update", lambda self, *_, **__: self._learner_thread_out_queue.get_nowait())
+    assert learner.update() == 2
+
+
+def test_a_second_save_at_the_same_step_keeps_the_first(tmp_path):
+    class Algorithm:
+        def save_to_path(self, path):
+            (Path(path) / "weights").mkdir(parents=True)
+
+    for step in (100, 100, 200):
+        gipo_rllib.save(Algorithm(), tmp_path, step)
+    assert [path.name for path in tmp_path.iterdir()] == [gipo_rllib.CHECKPOINT.replace("*", "200")]
+
+
 def test_clip_s_coefficient_is_what_autograd_finds():
     args = gipo_rllib.Args(surrogate="clip", clip_coef=0.3)
     generator = torch.Generator().manual_seed(1)
