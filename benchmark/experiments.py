@@ -259,9 +259,8 @@ def metaworld() -> Iterator[Run]:
 
 
 def atari() -> Iterator[Run]:
-    for seed, game in ((SEEDS[0], "Pong"), (SEEDS[1], "Pong"), (SEEDS[0], "Breakout"), (SEEDS[0], "Freeway")):
-        for k, method in itertools.product((1, 8), ("gipo", "clip")):
-            yield discrete(method, f"ALE/{game}-v5", seed, k, "atari", "--total-timesteps", ATARI_STEPS)
+    for game, k, method in itertools.product(("Pong", "Breakout", "Freeway"), (1, 8), ("gipo", "clip")):
+        yield discrete(method, f"ALE/{game}-v5", SEEDS[0], k, "atari", "--total-timesteps", ATARI_STEPS)
 
 
 def peers() -> Iterator[Run]:

@@ -72,7 +72,8 @@ def verdicts(samples: dict[str, dict[str, Scores]], digits: int = 2) -> str:
             _, low, high = difference
             outcome = "GIPO is ahead" if low > 0 else "PPO-clip is ahead" if high < 0 else "no difference is shown"
             seeds = min(map(len, by["gipo"].values()))
-            outcome += f", by {seeds} seed{'s'[: seeds - 1]} only" if seeds < FEW else ""
+            outcome += f", by {seeds} seeds only" if seeds < FEW else ""
+            outcome = "one seed decides nothing" if seeds == 1 else outcome
             found = (scores.iqm_with_interval(by["gipo"]), scores.iqm_with_interval(by["clip"]), difference)
             own, other, gap = (number(statistic, digits) for statistic in found)
             sentences.append(f"{place}: GIPO {own}, PPO-clip {other}, difference {gap}: {outcome}.")

@@ -176,6 +176,10 @@ def test_a_verdict_needs_the_same_environments_and_names_few_seeds():
     ours, theirs = {"a": np.array([1.0, 1.1, 1.2])}, {"a": np.array([0.0, 0.1, 0.2])}
     assert report.verdicts({"here": {"gipo": ours, "clip": theirs}}).endswith(": GIPO is ahead, by 3 seeds only.")
     assert report.verdicts({"here": {"gipo": ours, "clip": theirs | {"b": theirs["a"]}}}) == ""
+    single = {"gipo": {"a": ours["a"][:1]}, "clip": {"a": theirs["a"][:1]}}
+    assert report.verdicts({"here": single}, 1) == (
+        "here: GIPO 1.0, PPO-clip 0.0, difference 1.0: one seed decides nothing."
+    )
 
 
 def test_drift_and_the_sigma_of_the_largest_effective_sample_size():
