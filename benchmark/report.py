@@ -121,6 +121,10 @@ def tune():
         spread = f"{min(others):.2f} to {max(others):.2f}"
         lines.append([LABELS[method], f"`{' '.join(chosen)}`", f"{known[method, chosen]:.2f}", spread])
     fill("tune", table(["", "chosen", "its score", "the other five"], lines))
+    own = {flags[1::2]: known["gipo", flags] for flags in candidates("gipo")}
+    widths, rates = (list(dict.fromkeys(column)) for column in zip(*own, strict=True))
+    lines = [[rate, *(f"{own[width, rate]:.2f}" for width in widths)] for rate in rates]
+    fill("tune-gipo", table(["learning rate", *(f"sigma = {width}" for width in widths)], lines))
 
 
 def staleness():
