@@ -32,7 +32,7 @@ DIMENSIONS = {"HalfCheetah-v5": 6, "Hopper-v5": 3, "Walker2d-v5": 6}  # of the a
 # what else is tried where GIPO falls short: on which methods, at which K
 REMEDIES = {
     "a third of the learning rate": (("gipo", "clip"), (1, 8, 32)),
-    "KL": (("gipo", "clip"), (1, 8, 32)),
+    "KL": (("gipo", "clip", "sapo", "tis", "none"), (1, 8, 32)),
     "3 epochs": (("gipo", "clip"), (1, 8, 32)),
     "stored advantages": (("gipo", "clip"), (8, 32)),
     "a width for each dimension": (("gipo",), (1, 8, 32)),
@@ -210,7 +210,7 @@ def lag() -> Iterator[Run]:
 def remedy(name: str, method: str, env_id: str, seed: int, k: int) -> Run:
     """A tuned run with one change, which its method names."""
     *width, rate = tuned(method)
-    joint = float(width[1]) * DIMENSIONS[env_id] ** 0.5
+    joint = float(tuned("gipo")[1]) * DIMENSIONS[env_id] ** 0.5
     flags = {
         "a third of the learning rate": (*width, f"{float(rate) / 3:.1g}"),
         "KL": (*width, rate),

@@ -172,13 +172,13 @@ def ranking(cells: dict[str, tuple[Rows, ...]], scale: Scale) -> str:
 
 def remedies():
     scale, key, columns = Scale(), by_flag("--buffer-epochs"), {k: f"K = {k}" for k in (1, 8, 32)}
-    labels = {method: f"{LABELS[method]}, as tuned" for method in ("gipo", "clip")}
-    cells = {name: known for name, known in complete("staleness", key).items() if name[0] in labels}
-    cells |= complete("remedies", key)
-    for method, _ in cells:
+    changed = complete("remedies", key)
+    bases = {method.partition(": ")[0] for method, _ in changed}
+    cells = {name: known for name, known in complete("staleness", key).items() if name[0] in bases} | changed
+    labels = {}
+    for method in sorted(dict.fromkeys(m for m, _ in cells), key=lambda name: METHODS.index(name.partition(": ")[0])):
         base, _, change = method.partition(": ")
-        labels.setdefault(method, f"{LABELS[base]}: {change}")
-    labels = dict(sorted(labels.items(), key=lambda item: item[0].startswith("clip")))  # stable
+        labels[method] = f"{LABELS[base]}: {change or 'as tuned'}"
     fill("remedies", by_method(intervals({name: scale(known) for name, known in cells.items()}), columns, labels))
     fill("remedies-drift", by_method(means(cells, *DRIFT), columns, labels))
     columns = {(k,): f"K = {k}" for k in (1, 8, 32)} | {(8, 32): "K = 8 and 32"}
