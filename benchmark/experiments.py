@@ -35,6 +35,7 @@ REMEDIES = {
     "KL": (("gipo", "clip", "sapo", "tis", "none"), (1, 8, 32)),
     "3 epochs": (("gipo", "clip"), (1, 8, 32)),
     "stored advantages": (("gipo", "clip"), (8, 32)),
+    "lambda 0.5": (("gipo", "clip"), (8, 32)),
     "a width for each dimension": (("gipo",), (1, 8, 32)),
 }
 
@@ -216,6 +217,7 @@ def remedy(name: str, method: str, env_id: str, seed: int, k: int) -> Run:
         "KL": (*width, rate),
         "3 epochs": (*width, rate, "--update-epochs", 3),
         "stored advantages": (*width, rate, "--advantage-source", "stored"),
+        "lambda 0.5": (*width, rate, "--gae-lambda", 0.5),
         "a width for each dimension": ("--sigma", f"{joint:.2f}", *width[2:], rate),
     }[name]
     made = run(method, env_id, seed, "--total-timesteps", STEPS, "--buffer-epochs", k, *flags)
