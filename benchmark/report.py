@@ -234,6 +234,7 @@ def lag():
     columns = {n: f"L = {n}" for n in (0, 2, 8, 16)}
     fill("lag", by_method(intervals(found), columns))
     fill("lag-drift", by_method(means(cells, *DRIFT), columns))
+    fill("lag-verdict", verdicts({columns[n]: {m: found[m, own] for m, own in found if own == n} for n in columns}))
 
 
 def sigma():
