@@ -141,6 +141,10 @@ def test_every_experiment_has_its_place_on_the_real_pages(folder, monkeypatch):
     text = pages[1].read_text()
     for empty in re.findall(r"<!-- ([\w-]+) -->\n\s*<!-- end", text):
         raise AssertionError(empty)
+    changed = text[text.index("<!-- remedies -->") : text.index("<!-- end of remedies -->")]
+    lines = [line.split(" | ")[0].removeprefix("| ") for line in changed.splitlines() if ": " in line]
+    assert lines[:2] == ["GIPO: as tuned", "GIPO: a third of the learning rate"]
+    assert lines[lines.index("SAPO: KL") - 1] == "SAPO: as tuned"
     ahead = text[text.index("<!-- remedies-ahead -->") : text.index("<!-- end of remedies-ahead -->")]
     for change in ("as tuned", "KL", "3 epochs"):
         (line,) = cells(ahead, change)
