@@ -174,7 +174,11 @@ def remedies():
     scale, key, columns = Scale(), by_flag("--buffer-epochs"), {k: f"K = {k}" for k in (1, 8, 32)}
     changed = complete("remedies", key)
     bases = {method.partition(": ")[0] for method, _ in changed}
-    cells = {name: known for name, known in complete("staleness", key).items() if name[0] in bases} | changed
+    seeds = {row["seed"] for row in itertools.chain(*changed.values())}  # as tuned on the same seeds
+    as_tuned = {
+        name: [row for row in known if row["seed"] in seeds] for name, known in complete("staleness", key).items()
+    }
+    cells = {name: known for name, known in as_tuned.items() if name[0] in bases} | changed
     labels = {}
     for method in sorted(dict.fromkeys(m for m, _ in cells), key=lambda name: METHODS.index(name.partition(": ")[0])):
         base, _, change = method.partition(": ")
