@@ -12,12 +12,12 @@
 #   ./benchmark.sh remedies     what may keep GIPO from running away from its data
 #   ./benchmark.sh search       rollouts and buffer for half the steps, on environments that are not reported
 #   ./benchmark.sh efficiency   GIPO after half the steps, PPO-clip after half and after all
-#   ./benchmark.sh ant          the same for Ant
+#   ./benchmark.sh ant          return against K on Ant, 300,000 steps
 #   ./benchmark.sh freeze       nothing enters the buffer after a third of the training
 #   ./benchmark.sh lag          the policy that acts is up to 16 iterations old
 #   ./benchmark.sh sigma        the width of GIPO's weight
 #   ./benchmark.sh minigrid     pixels and words
-#   ./benchmark.sh metaworld    the stale regime of the method's authors
+#   ./benchmark.sh metaworld    close to the stale regime of the method's authors
 #   ./benchmark.sh atari        Pong, Breakout and Freeway from pixels
 #   ./benchmark.sh rllib        APPO with GIPO's loss and its own, in an environment of its own: .venv-rllib
 #   ./benchmark.sh costs        what a message and a gradient step cost there, for an estimate at many actors

@@ -39,6 +39,7 @@ FEW = 5  # seeds
 NOTHING = "Not run yet."
 LABELS = {method: label for method, (label, *_) in NAMES.items()}
 DRIFT = ("abs_logratio_p95", "ess", "dead_fraction")
+SIZES = {(1,): "K = 1", (8,): "K = 8", (32,): "K = 32", (8, 32): "K = 8 and 32"}
 
 
 def number(found: tuple[float, float, float], digits: int = 2) -> str:
@@ -139,6 +140,13 @@ def staleness():
     returns = {cell: evidence.values(known, "final_return", scale.zero) for cell, known in single.items()}
     texts = {cell: f"{next(iter(by_env.values())).mean():.0f}" for cell, by_env in returns.items()}
     fill("staleness-returns", by_method(texts, places))
+    envs = dict.fromkeys(env_id for _, (env_id, _) in single)
+    parts = {env_id: {env_id} for env_id in envs} | {f"without {env_id}": envs.keys() - {env_id} for env_id in envs}
+    lines = []
+    for part, kept in parts.items():
+        own = {name: [row for row in known if row["env_id"] in kept] for name, known in cells.items()}
+        lines.append([part.removesuffix("-v5"), *ahead(scale, own, "gipo", "clip")])
+    fill("staleness-ahead", table(["", *SIZES.values()], lines))
     stale = {m: (cells[m, 8], cells[m, 32]) for m in NAMES if (m, 8) in cells and (m, 32) in cells}
     pairs = {"K = 8 and 32 together": {m: pooled(scale, *stale[m]) for m in stale}}
     pairs["K = 1"] = {m: sample for (m, k), sample in found.items() if k == 1}
@@ -170,6 +178,16 @@ def ranking(cells: dict[str, tuple[Rows, ...]], scale: Scale) -> str:
     )
 
 
+def ahead(scale: Scale, cells: dict[tuple[str, int], Rows], ours: str, theirs: str) -> list[str]:
+    """How far one method is ahead of another at each of `SIZES`; empty where one of them has no runs."""
+    line = []
+    for sizes in SIZES:
+        pair = [[cells.get((method, k)) for k in sizes] for method in (ours, theirs)]
+        whole = all(itertools.chain(*pair))
+        line.append(number(scores.difference_with_interval(*(pooled(scale, *own) for own in pair))) if whole else "")
+    return line
+
+
 def remedies():
     scale, key, columns = Scale(), by_flag("--buffer-epochs"), {k: f"K = {k}" for k in (1, 8, 32)}
     changed = complete("remedies", key)
@@ -185,16 +203,9 @@ def remedies():
         labels[method] = f"{LABELS[base]}: {change or 'as tuned'}"
     fill("remedies", by_method(intervals({name: scale(known) for name, known in cells.items()}), columns, labels))
     fill("remedies-drift", by_method(means(cells, *DRIFT), columns, labels))
-    columns = {(k,): f"K = {k}" for k in (1, 8, 32)} | {(8, 32): "K = 8 and 32"}
-
-    def ahead(ours, theirs, sizes):
-        pair = [[cells.get((method, k)) for k in sizes] for method in (ours, theirs)]
-        whole = all(itertools.chain(*pair))
-        return number(scores.difference_with_interval(*(pooled(scale, *own) for own in pair))) if whole else ""
-
     changes = {ours.partition(": ")[2]: (ours, ours.replace("gipo", "clip")) for ours in labels if ours[:4] == "gipo"}
-    lines = [[change or "as tuned", *(ahead(*pair, sizes) for sizes in columns)] for change, pair in changes.items()]
-    fill("remedies-ahead", table(["", *columns.values()], (line for line in lines if any(line[1:]))))
+    lines = ([change or "as tuned", *ahead(scale, cells, *pair)] for change, pair in changes.items())
+    fill("remedies-ahead", table(["", *SIZES.values()], (line for line in lines if any(line[1:]))))
 
 
 def efficiency():

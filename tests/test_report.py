@@ -11,7 +11,14 @@ from benchmark import evidence, experiments, quick, report, runs
 
 ENVS = {"HalfCheetah-v5": (-300.0, 1000.0), "Hopper-v5": (20.0, 500.0)}
 SCORES = {("clip", 1): 1.0, ("clip", 8): 0.3, ("clip", 32): 0.1}
-MARKERS = ("staleness", "staleness-verdict", "staleness-pooled", "staleness-returns", "staleness-drift")
+MARKERS = (
+    "staleness",
+    "staleness-verdict",
+    "staleness-pooled",
+    "staleness-returns",
+    "staleness-ahead",
+    "staleness-drift",
+)
 PAGE = "".join(f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n" for name in MARKERS)
 
 
@@ -109,10 +116,14 @@ def test_the_tables_of_staleness(results):
     middles = [[float(text.split()[0]) for text in line] for line in (gipo, clip)]
     # the mean of clip at K = 1 is the unit itself
     np.testing.assert_allclose(middles, [[0.9, 0.9, 0.9], [1, 0.3, 0.1]], atol=0.06)
-    final, _, min_max, ahead, chance = (float(text.split()[0]) for text in gipo_pooled)
-    assert final == pytest.approx(0.9, abs=0.06) and ahead == pytest.approx(0.7, abs=0.06) and chance == 1
+    final, _, min_max, gap, chance = (float(text.split()[0]) for text in gipo_pooled)
+    assert final == pytest.approx(0.9, abs=0.06) and gap == pytest.approx(0.7, abs=0.06) and chance == 1
     assert min_max > 0.85 and float(clip_pooled[2].split()[0]) < 0.3
     assert page.index("| GIPO | " + gipo_pooled[0]) < page.index("| PPO-clip | " + clip_pooled[0])  # best first
+    ahead = {part: [float(text.split()[0]) for text in cells(page, part)[0]] for part in ("HalfCheetah", "Hopper")}
+    np.testing.assert_allclose([*ahead.values()], [[-0.1, 0.6, 0.8, 0.7]] * 2, atol=0.1)
+    assert ahead["HalfCheetah"] != ahead["Hopper"]
+    assert cells(page, "HalfCheetah") == cells(page, "without Hopper")  # there are two
     stale, fresh = re.findall(r"K = [^:]*: GIPO.*?: ([^:.]*)\.", page)
     assert "best first: GIPO, PPO-clip." in page
     few = ", by 3 seeds only"
