@@ -264,9 +264,19 @@ def sigma():
     styles = {line: (label, *look) for (line, label), look in zip(lines.items(), looks, strict=True)}
     against(found, styles, FIGURES / "sigma.png", "sigma, in units of the joint log-ratio")
     widths = sorted({width for _, width in cells})
-    texts = intervals(found)
-    by_width = ([label, *(texts.get((line, width), "") for width in widths)] for line, label in lines.items())
-    fill("sigma", table(["", *(f"{width:g}" for width in widths)], by_width))
+
+    def together(k, shares, own_widths):
+        wanted = [((k, share), width) for share in shares for width in own_widths]
+        whole = wanted and all(name in cells for name in wanted)
+        return number(scores.iqm_with_interval(pooled(scale, *map(cells.get, wanted)))) if whole else ""
+
+    columns = {(width,): f"{width:g}" for width in widths} | {tuple(widths): "all widths"}
+    by_width = [[lines[k, share], *(together(k, (share,), own) for own in columns)] for k, share in lines]
+    by_width += [[f"K = {k}, both", *(together(k, (1, 0.5), own) for own in columns)] for k in (1, 8)]
+    fill("sigma", table(["", *columns.values()], by_width))
+    drifts = means(cells, *DRIFT)
+    by_width = ([label, *(drifts.get((line, width), "") for width in widths)] for line, label in lines.items())
+    fill("sigma-drift", table(["", *(f"{width:g}" for width in widths)], by_width))
     ess = []
     for k in sorted({k for (k, share), _ in cells if share == 1}):
         own = {width: scores.iqm_with_interval(found[(k, 1), width])[0] for width in widths if ((k, 1), width) in found}
