@@ -81,6 +81,11 @@ def verdicts(samples: dict[str, dict[str, Scores]], digits: int = 2) -> str:
     return " ".join(sentences)
 
 
+def by_place(found: dict[tuple[str, Hashable], Scores], names: dict[Hashable, str]) -> dict[str, dict[str, Scores]]:
+    """Scores by (method, place) as scores of methods by the name of the place."""
+    return {name: {method: own for (method, at), own in found.items() if at == place} for place, name in names.items()}
+
+
 def fill(name: str, text: str):
     """Put a text between the markers of that name, wherever a page has them; `ValueError` if none has."""
     between, filled = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", 0
@@ -224,7 +229,10 @@ def efficiency():
 def ant():
     cells, scale = complete("ant", by_flag("--buffer-epochs")), Scale(experiment="ant")
     found = {key: scale(known) for key, known in cells.items()}
-    fill("ant", by_method(intervals(found), {k: f"K = {k}" for k in (1, 8, 32)}))
+    columns = {k: f"K = {k}" for k in (1, 8, 32)}
+    fill("ant", by_method(intervals(found), columns))
+    fill("ant-drift", by_method(means(cells, *DRIFT), columns))
+    fill("ant-verdict", verdicts(by_place(found, columns)))
 
 
 def freeze():
@@ -239,7 +247,7 @@ def freeze():
     found = {key: scale(known) for key, known in cells.items()}
     fill("freeze", by_method(intervals(found), sizes))
     fill("freeze-drift", by_method(means(cells, *DRIFT), sizes))
-    fill("freeze-verdict", verdicts({sizes[k]: {m: found[m, own] for m, own in found if own == k} for k in sizes}))
+    fill("freeze-verdict", verdicts(by_place(found, sizes)))
 
 
 def lag():
@@ -249,7 +257,7 @@ def lag():
     columns = {n: f"L = {n}" for n in (0, 2, 8, 16)}
     fill("lag", by_method(intervals(found), columns))
     fill("lag-drift", by_method(means(cells, *DRIFT), columns))
-    fill("lag-verdict", verdicts({columns[n]: {m: found[m, own] for m, own in found if own == n} for n in columns}))
+    fill("lag-verdict", verdicts(by_place(found, columns)))
 
 
 def sigma():
