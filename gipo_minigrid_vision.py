@@ -1,129 +1,147 @@
-"""GIPO on MiniGrid from pixels and words: PPO whose hard clip is replaced by a Gaussian weight for stale data.
+"""GIPO on MiniGrid vision: PPO with a Gaussian weight in the place of its clip, so that old data still teaches.
 
-    loss = -mean(w * r * A),  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2)) without gradient
+    loss = -mean(w * r * A) + kl_coef * KL(mu || pi),  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2))
 
-mu is the policy that collected the sample. Close to it GIPO is importance sampling; far from it the weight fades
-instead of cutting off, and w * r stays below exp(sigma^2 / 2). (Lu et al. 2026, https://arxiv.org/abs/2603.03955)
+mu is the policy that collected the sample; no gradient flows through w. The KL term pulls pi back towards its data,
+which the weight alone never does; one is part of the authors' released method.
 
-    python gipo_minigrid_vision.py                                # fetch the object that the mission names
-    python gipo_minigrid_vision.py --buffer-epochs 8              # learn from the last 8 rollouts
-    python gipo_minigrid_vision.py --env-id MiniGrid-GoToDoor-5x5-v0
-    python gipo_minigrid_vision.py --resume runs/RUN              # or --evaluate runs/RUN --capture-video
+    python gipo_minigrid_vision.py                         # Fetch
+    python gipo_minigrid_vision.py --buffer-epochs 8       # learn from the last 8 rollouts
+    python gipo_minigrid_vision.py --resume runs/RUN       # or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
-`diff ppo_baseline.py gipo_minigrid_vision.py` shows the loss, and the two domains that the baseline serves besides.
-From `__main__` down all four scripts are identical.
+`diff ppo_baseline.py gipo_minigrid_vision.py` shows the method. From `__main__` down all four scripts are identical.
 """
 
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "gymnasium>=1.4,<2",
+#     "gymnasium>=1.4,<2", "moviepy>=2.2,<3", "numpy>=2,<3", "tensorboard>=2.21", "torch>=2.13,<3",
+#     "tqdm>=4.70", "tyro>=1.0,<2", "wandb>=0.31,<1",
 #     "minigrid>=3.2,<4",
-#     "moviepy>=2.2,<3",
-#     "numpy>=2,<3",
-#     "tensorboard>=2.21",
-#     "torch>=2.13,<3",
-#     "tqdm>=4.70",
-#     "tyro>=1.0,<2",
-#     "wandb>=0.31,<1",
 # ]
 # ///
 
-import argparse
 import contextlib
 import copy
-import difflib
-import importlib
 import math
 import os
-import random
 import re
 import signal
 import sys
 import time
 import zipfile
-from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Union
 
 import gymnasium as gym
-import minigrid  # noqa: F401 (registers its environments)
+import minigrid
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from minigrid.core.actions import Actions
-from minigrid.core.constants import OBJECT_TO_IDX
-from minigrid.core.grid import Grid
-from minigrid.core.world_object import WorldObj
 from torch.distributions.categorical import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+
+# -------------------------------------------------------- Loss --------------------------------------------------------
+def policy_loss(logratio, advantages, args):
+    """GIPO: the importance ratio times a Gaussian in its logarithm, through which no gradient flows (Lu et al. 2026).
+
+    logratio = log pi(a|s) - log mu(a|s), joint over action dimensions, and advantages are (B,). Returns the loss and,
+    detached, the coefficient c of each sample, whose gradient is -c A grad log pi / B.
+    """
+    z = torch.where(advantages > 0, logratio / args.sigma, logratio / (args.sigma_neg or args.sigma)).detach()
+    coef = torch.exp(logratio - 0.5 * z**2)  # ratio * weight in one exponential, which cannot overflow
+    return -(coef * advantages).mean(), coef.detach()
+
+
+def minibatch_loss(agent, obs, actions, logprobs, advantages, returns, args):
+    """The loss of a minibatch (B, ...) and, detached, for the log: scalars by tag, log-ratios, coefficients (B,)."""
+    _, newlogprob, entropy, newvalue = agent.get_action_and_value(obs, actions)
+    logratio = newlogprob - logprobs
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+    # Policy loss
+    pg_loss, coef = policy_loss(logratio, advantages, args)
+    kl = -logratio.mean()  # KL(mu || pi), estimated on samples of mu
+
+    # Value loss
+    v_loss = 0.5 * ((newvalue - returns) ** 2).mean()
+
+    entropy_loss = entropy.mean()
+    loss = pg_loss + args.kl_coef * kl - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+    scalars = {"losses/policy_loss": pg_loss, "losses/value_loss": v_loss, "losses/entropy": entropy_loss}
+    return loss, {tag: value.detach() for tag, value in scalars.items()}, logratio.detach(), coef
+
+
+def gradient_step(agent, optimizer, minibatch, args):
+    """One step of Adam on the loss of a minibatch; returns what is logged of it."""
+    loss, scalars, logratio, coef = minibatch_loss(agent, *minibatch, args)
+    parameters = optimizer.param_groups[0]["params"]
+    # unlike backward(), autograd.grad compiles into one graph with the rest
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        parameter.grad = gradient
+    scalars["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    optimizer.step()
+    return scalars, logratio, coef
+
+
+def diagnostics(logratio, coef):
+    """How far the policy is from those that collected samples (B,), and how many still teach; all scalars."""
+    ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88)
+    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could overflow
+    return {
+        "losses/kl": -logratio.mean(),
+        "losses/approx_kl": (ratio - 1 - logratio).mean(),
+        "losses/clipfrac": ((ratio - 1).abs() > 0.2).float().mean(),
+        # torch.quantile takes 2**24 samples at most
+        "offpolicy/abs_logratio_p95": logratio.abs().kthvalue(math.ceil(0.95 * len(logratio))).values,
+        "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
+        "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
+        "offpolicy/coef_mean": coef.mean(),
+    }
+
+
 # ------------------------------------------------------- Flags --------------------------------------------------------
-RANDOM_STEPS = 64  # per environment, before the first rollout, to start the statistics from
-EVAL_SEED = 1_000_000  # added to the seed, for episodes that training has not seen
-
-
-class BadInput(ValueError):
-    """A mistake in the command line: one sentence that names the flag and the fix, shown without a traceback."""
-
-
-def require(condition: bool, message: str):
-    """Raise `BadInput(message)` unless the condition holds (NaN compares false, so it never passes a range)."""
-    if not condition:
-        raise BadInput(message)
-
-
-@dataclass(kw_only=True)
-class RunArgs:
-    """The flags that --resume may change; those without a default here get one in the domain's own subclass below."""
-
-    total_timesteps: int
-    """environment steps in all, summed over the parallel environments (1e5 to 1e7)"""
-    checkpoint_interval: int
-    """iterations between checkpoints, each of which replaces the last (10 to 500); 0 saves only when the run ends"""
-    resume: Path | None = None
-    """go on with the run in this folder, or with its checkpoint; all flags but --device then come from there"""
-    evaluate: Path | None = None
-    """do not train, but play --eval-episodes with the agent of this run's folder or checkpoint"""
-    eval_episodes: int = 10
-    """full episodes to play with the trained agent, on fresh environments that end them (10 to 100); 0 plays none"""
-    capture_video: bool = False
-    """record the first of these episodes as an mp4 in the run's folder"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where network and replay buffer live; auto takes CUDA if there is one"""
-    compile: bool = False
-    """torch.compile the loss: a slower start, then faster updates of small networks; needs a C++ compiler on a CPU"""
-    track: bool = False
-    """log to Weights and Biases as well"""
-    wandb_project_name: str = "gipo"
-    """Weights and Biases project"""
-    wandb_entity: str | None = None
-    """Weights and Biases team; none is your default one"""
-    wandb_mode: Literal["online", "offline", "disabled"] = "online"
-    """offline writes to ./wandb for a later `wandb sync`"""
-
-
-@dataclass(kw_only=True)
-class Args(RunArgs):
-    """The flags that say what a run is; the rest as above."""
-
-    env_id: str
+@dataclass
+class Args:
+    env_id: str = "MiniGrid-Fetch-5x5-N2-v0"
     """environment id, or module:id for one that an importable module of yours registers"""
+    total_timesteps: int = 150_000
+    """environment steps in all, summed over the parallel environments (100000 to 10000000)"""
     seed: int = 1
-    """seed of python, numpy, torch and the environments"""
+    """seed of torch and of the environments"""
     exp_name: str = Path(__file__).stem
     """name of the experiment, part of the name of the run's folder"""
+    device: str | None = None
+    """where network and replay buffer live: cpu, cuda, cuda:1 or mps; None takes CUDA if there is one"""
+    compile: bool = False
+    """torch.compile the whole gradient step: a slower start, then faster updates of small networks"""
+    track: bool = False
+    """log to Weights and Biases as well; its environment variables hold: WANDB_PROJECT, WANDB_MODE, ..."""
 
-    num_envs: int
+    checkpoint_interval: int = 50
+    """iterations between checkpoints, each of which replaces the last (10 to 500)"""
+    resume: Path | None = None
+    """go on with the run in this folder; its flags hold, except those given anew; with more --total-timesteps an
+    annealed learning rate jumps up to that of the longer run"""
+    evaluate: Path | None = None
+    """do not train, but play --eval-episodes with the agent of the run in this folder"""
+    eval_episodes: int = 10
+    """full episodes to play with the trained agent, on environments of their own seeds (10 to 100); 0 plays none"""
+    capture_video: bool = False
+    """play a single episode instead, and record it as an mp4 in the run's folder"""
+
+    num_envs: int = 16
     """parallel environments N (4 to 64)"""
-    num_steps: int
-    """steps T per environment and rollout; one iteration collects T x N transitions (64 to 2048)"""
-    learning_rate: float
+    num_steps: int = 64
+    """steps T per environment and rollout; an iteration collects T x N transitions (64 to 2048)"""
+    learning_rate: float = 1e-3
     """Adam's step size (1e-4 to 1e-3)"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0 over the run"""
@@ -131,14 +149,16 @@ class Args(RunArgs):
     """discount factor (0.9 to 0.999)"""
     gae_lambda: float = 0.95
     """lambda of generalized advantage estimation (0.9 to 1)"""
-    update_epochs: int
-    """update epochs per iteration, each of T x N transitions drawn from the replay buffer (1 to 10)"""
-    num_minibatches: int
-    """gradient steps per update epoch (1 to 32)"""
+    update_epochs: int = 4
+    """update epochs per iteration, each of which draws its minibatches from the whole replay buffer (1 to 10)"""
+    num_minibatches: int = 4
+    """minibatches per update epoch, one gradient step each (1 to 32)"""
+    minibatch_size: int | None = None
+    """transitions per minibatch (64 to 4096); None splits one rollout evenly, T x N / minibatches"""
     norm_adv: bool = True
     """normalize the advantages of each minibatch to mean 0 and standard deviation 1"""
-    ent_coef: float
-    """weight of the entropy bonus (0 to 0.02)"""
+    ent_coef: float = 0.03
+    """weight of the entropy bonus (0 to 0.03)"""
     vf_coef: float = 0.5
     """weight of the value loss (0.25 to 1)"""
     max_grad_norm: float = 0.5
@@ -147,82 +167,207 @@ class Args(RunArgs):
     buffer_epochs: int = 1
     """rollouts K that the replay buffer keeps; 1 is PPO's on-policy storage, more is staler data (1 to 64)"""
     policy_lag: int = 0
-    """iterations L by which the policy that acts is older than the one that learns (0 to 16)"""
+    """act with the policy from L iterations ago (0 to 16)"""
     freeze_buffer_at: int | None = None
-    """environment step; from the next iteration on no transition enters the buffer any more; none never freezes it"""
-    advantage_source: Literal["recompute", "stored"] = "recompute"
-    """recompute advantages with the current critic in each iteration, or keep those stored at collection"""
+    """stop filling the buffer at this environment step; None never stops"""
+    advantage_source: Literal["vtrace", "recompute", "stored"] = "vtrace"
+    """recompute advantages with the current critic in each iteration, or keep those stored at collection; vtrace
+    recomputes them and also corrects for how the policy has changed since"""
 
     sigma: float = 0.5
-    """width of the Gaussian trust weight in units of the joint log-ratio; smaller trusts stale data less (0.2 to 2)"""
+    """width of the Gaussian weight, in units of the joint log-ratio; smaller trusts old data less (0.2 to 2)"""
     sigma_neg: float | None = None
-    """width where the advantage is not positive, an absolute value; none is the same as sigma (0.1 to 2)"""
-
-    def __post_init__(self):
-        def check(flag, ok, rule):
-            require(ok, f"--{flag} {getattr(self, flag.replace('-', '_'))}: give {rule}.")
-
-        rollout = f"one rollout (--num-steps x --num-envs = {self.batch_size})"
-        check("seed", 0 <= self.seed <= 2_000_000_000, "a number from 0 to 2000000000")
-        at_least = {"num-envs": 1, "num-steps": 2, "update-epochs": 1, "buffer-epochs": 1, "policy-lag": 0}
-        at_least |= {"checkpoint-interval": 0, "eval-episodes": 0, "ent-coef": 0, "vf-coef": 0}
-        for flag, low in at_least.items():
-            check(flag, low <= getattr(self, flag.replace("-", "_")) < math.inf, f"a number of {low} or more")
-        check("total-timesteps", self.total_timesteps >= self.batch_size, f"at least {rollout}")
-        check("evaluate", not (self.evaluate and self.resume), "either this or --resume")
-        check("eval-episodes", self.eval_episodes or not (self.evaluate or self.capture_video), "1 or more")
-        check("learning-rate", 0 < self.learning_rate <= 1, "a number above 0, 1 at most")
-        check("gamma", 0 <= self.gamma <= 1, "a number from 0 to 1")
-        check("gae-lambda", 0 <= self.gae_lambda <= 1, "a number from 0 to 1")
-        divides = self.num_minibatches >= 1 and self.batch_size % self.num_minibatches == 0
-        check("num-minibatches", divides and self.minibatch_size > 1, f"a divisor of {rollout}, 2 or more left each")
-        check("max-grad-norm", 0 < self.max_grad_norm < math.inf, "a number above 0")
-        in_run = self.freeze_buffer_at is None or self.batch_size <= self.freeze_buffer_at < self.total_timesteps
-        check("freeze-buffer-at", in_run, f"at least {rollout}, so that there is data, and less than --total-timesteps")
-        check("device", self.device != "cuda" or torch.cuda.is_available(), "cpu, for torch finds no CUDA device here")
-        check("device", self.device != "mps" or torch.backends.mps.is_available(), "cpu, for torch finds no Apple GPU")
-        self.sigma_neg = self.sigma if self.sigma_neg is None else self.sigma_neg
-        check("sigma", 1e-6 < self.sigma < math.inf, "a number above 0 (0.2 to 2 is usual)")
-        check("sigma-neg", 1e-6 < self.sigma_neg < math.inf, "a number above 0 (0.1 to 2 is usual)")
-
-    @property
-    def batch_size(self) -> int:
-        """Transitions in one rollout, and in one update epoch."""
-        return self.num_steps * self.num_envs
-
-    @property
-    def minibatch_size(self) -> int:
-        """Transitions in one gradient step."""
-        return self.batch_size // self.num_minibatches
+    """width where the advantage is not positive; None is the same as sigma (0.1 to 2)"""
+    kl_coef: float = 0.1
+    """weight of KL(mu || pi), a pull back to the policy that collected the data (0 to 0.3)"""
 
 
-def load_spec(env_id: str) -> gym.envs.registration.EnvSpec:
-    """Find a registered environment, importing the module of `module:id`; `BadInput` names near matches."""
-    module, _, name = env_id.rpartition(":")
-    if module:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise BadInput(f"its module cannot be imported, put it on PYTHONPATH ({error}).") from None
+# smallest and largest value of each flag
+RANGES = (
+    (0, 2e9, "seed"),
+    (0, 1, "gamma gae_lambda"),
+    (0, 1e9, "policy_lag eval_episodes ent_coef vf_coef kl_coef"),
+    (1, 1e9, "num_envs update_epochs num_minibatches buffer_epochs freeze_buffer_at checkpoint_interval"),
+    (2, 1e9, "num_steps minibatch_size"),
+    (1e-9, 1, "learning_rate"),
+    (1e-9, 1e9, "max_grad_norm sigma sigma_neg"),
+)
+EVAL_STEPS = 30_000  # per episode of the evaluation, longer than a whole game of Atari
+
+
+# --------------------------------------------- Replay buffer, advantages ----------------------------------------------
+class ReplayBuffer(nn.Module):
+    """The last K rollouts of T x N transitions; K = 1 is PPO's storage. (A module only for its state_dict.)
+
+    Fields are (K, T + 1, N, ...). The next observation of row t is row t + 1, so row T holds an observation alone.
+    `valid` is false there and in the row after the end of an episode: gymnasium ignores its action and resets
+    (NEXT_STEP autoreset), so it is no transition.
+    """
+
+    def __init__(self, obs, actions, args, device):
+        """Makes room for observations and actions such as these, arrays (N, ...)."""
+        super().__init__()
+        numbers = dict.fromkeys(
+            ("logprobs", "rewards", "values", "advantages", "returns"), np.zeros(len(obs), np.float32)
+        )
+        marks = dict.fromkeys(("terminated", "dones", "valid"), np.zeros(len(obs), bool))
+        for name, array in ({"obs": obs, "actions": actions} | numbers | marks).items():
+            example = torch.as_tensor(array, device=device)
+            self.register_buffer(name, example.new_zeros(args.buffer_epochs, args.num_steps + 1, *example.shape))
+        self.versions = nn.Buffer(torch.full((args.buffer_epochs,), -1))  # of the policy that acted; -1: no rollout yet
+
+    def rows(self, *names):
+        """Views of these fields with one row for each transition."""
+        return [getattr(self, name).flatten(0, 2) for name in names]
+
+    def sample(self, n):
+        """n flat indices of valid transitions, uniform, without replacement until all were drawn once."""
+        valid = self.valid.flatten().nonzero().squeeze(1)
+        rounds = math.ceil(n / len(valid))
+        return valid[torch.cat([torch.randperm(len(valid), device=valid.device) for _ in range(rounds)])[:n]]
+
+
+def compute_gae(rewards, values, ratios, terminated, dones, gamma, gae_lambda):
+    """Advantages (Schulman et al. 2016) and value targets, (..., T, N), corrected by V-trace (Espeholt et al. 2018).
+
+    rewards, terminated and dones are (..., T, N), values and ratios (..., T + 1, N). Ratios of 1 give plain GAE.
+    A terminated step is worth its reward alone. A time limit ends the sum as well, but bootstraps from the value of the
+    row below it, the final observation.
+    """
+    delta = rewards + gamma * values[..., 1:, :] * ~terminated - values[..., :-1, :]
+    decay = gamma * gae_lambda * ~dones * ratios[..., 1:, :]
+    advantages = torch.zeros_like(rewards)
+    lastgaelam = 0.0
+    for t in reversed(range(rewards.shape[-2])):
+        lastgaelam = delta[..., t, :] + decay[..., t, :] * lastgaelam
+        advantages[..., t, :] = lastgaelam
+    return advantages, values[..., :-1, :] + ratios[..., :-1, :] * advantages
+
+
+@torch.no_grad()
+def refresh_advantages(buffer, slots, iteration, agent, args):
+    """Advantages and value targets of the rollouts in these slots, by the current critic and, for V-trace, policy."""
+    obs, actions, logprobs, values = buffer.rows("obs", "actions", "logprobs", "values")
+    ratios = torch.ones_like(buffer.values)
+    rows = torch.arange(len(values), device=values.device).view_as(buffer.values)
+    fresh = buffer.versions[slots] == iteration
+    # A fresh rollout was valued while acting, with the same weights; only its final observation is missing.
+    rows = torch.cat([rows[slots[~fresh]].flatten(), rows[slots[fresh], -1].flatten()])
+    for chunk in rows.split(max(256, 16_384 // obs[0].numel())):  # fits a CPU's cache
+        _, logprob, _, values[chunk] = agent.get_action_and_value(obs[chunk], actions[chunk])
+        if args.advantage_source == "vtrace":
+            ratios.view(-1)[chunk] = (logprob - logprobs[chunk]).clamp(max=0).exp()
+    rewards = agent.scale_rewards(buffer.rewards[slots, :-1])
+    terminated, dones = buffer.terminated[slots, :-1], buffer.dones[slots, :-1]
+    gae = compute_gae(rewards, buffer.values[slots], ratios[slots], terminated, dones, args.gamma, args.gae_lambda)
+    buffer.advantages[slots, :-1], buffer.returns[slots, :-1] = gae
+
+
+# ---------------------------------------------- Checkpoints, evaluation -----------------------------------------------
+def require(condition, message, code=2):
+    """Exit with one sentence, on a line of its own below the progress bar, unless the condition holds."""
+    if not condition:
+        tqdm.write(f"error: {message}", file=sys.stderr)
+        sys.exit(code)
+
+
+@contextlib.contextmanager
+def one_sentence(what, code=2):
+    """Exit with one sentence, and without a traceback, if something fails; each library fails in its own way."""
     try:
-        return gym.spec(name)
-    except gym.error.Error:
-        near = difflib.get_close_matches(name, gym.registry, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}?" if near else "give a registered id."
-        raise BadInput(f"no such environment; {hint}") from None
+        yield
+    except Exception as error:
+        require(False, f"{what}: {' '.join(str(error).split())} ({type(error).__name__}).", code)
 
 
-def layer_init(layer: nn.Module, std: float = math.sqrt(2), bias_const: float = 0.0) -> nn.Module:
-    """Orthogonal weights of gain `std` (Saxe et al. 2014) and constant biases."""
+def save_checkpoint(folder, iteration, args, parts):
+    """Save all that `iteration` starts from; renamed into place, so that no crash leaves half a file."""
+    checkpoint = {name: part.state_dict() for name, part in parts.items()}
+    checkpoint["args"] = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    checkpoint["iteration"] = iteration
+    checkpoint["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    with one_sentence(f"{folder} keeps its last checkpoint, because the new one cannot be written", code=1):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "checkpoint.tmp").open("wb") as file:
+            torch.save(checkpoint, file)
+            os.fsync(file.fileno())
+        (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
+
+
+def stream_seed(seed, part):
+    """Seed of the first environment, far from that of any other run and any other part of this one."""
+    return int(np.random.SeedSequence([seed, part]).generate_state(1)[0]) // 4  # ALE takes 31 bits
+
+
+def start_envs(make_envs, args, num_envs, seed, **render):
+    """Make and reset environments of the seeds `seed`, `seed` + 1, ..."""
+    with one_sentence("--capture-video" if render else f"--env-id {args.env_id}"):
+        envs = make_envs(args, num_envs, seed, **render)
+        obs, _ = envs.reset(seed=seed)
+        require(not render or np.ndim(envs.render()[0]) == 3, f"--capture-video: {args.env_id} draws no picture.")
+    return envs, obs
+
+
+class Episodes:
+    """Return, length and success of the episodes of N environments; a success at any step counts."""
+
+    def __init__(self, num_envs):
+        self.running = np.array([[0.0], [0.0], [np.nan]]).repeat(num_envs, 1)  # nan: none reported yet
+        self.ended = []
+
+    def step(self, rewards, valid, dones, infos):
+        """Count a step of all environments, (N,) each; `ended` takes the episodes that are done with it."""
+        self.running[:2] += rewards * valid, valid
+        for i in np.flatnonzero(infos.get("_success", False) & valid):
+            if isinstance(infos["success"][i], (int, float, np.bool_, np.number)):
+                self.running[2, i] = np.fmax(self.running[2, i], infos["success"][i] > 0)
+        self.ended += self.running[:, dones].T.tolist()
+        self.running[:, dones] = [[0], [0], [np.nan]]
+
+    def means(self, prefix):
+        """Means over the episodes that ended, by tag."""
+        columns = zip(("episodic_return", "episodic_length", "success_rate"), zip(*self.ended))
+        return {prefix + name: float(np.mean(column)) for name, column in columns if not np.isnan(column[0])}
+
+
+@torch.no_grad()
+def evaluate(make_envs, agent, args, device, video_path):
+    """Play one full episode in each of some environments that training has not seen; prints and returns the means.
+
+    Not the first episodes that end in fewer environments, which would over-represent short ones.
+    """
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
+    num_envs = 1 if args.capture_video else args.eval_episodes
+    envs, obs = start_envs(make_envs, args, num_envs, stream_seed(args.seed, 10**9), **render)
+    episodes, playing = Episodes(num_envs), np.ones(num_envs, bool)
+    if render:
+        from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # slow to import
+
+        size, fps = envs.render()[0].shape[1::-1], envs.metadata.get("render_fps") or 30
+        video = FFMPEG_VideoWriter(str(video_path), size, fps)
+    for _ in range(EVAL_STEPS):
+        if render:
+            video.write_frame(envs.render()[0])
+        action, _, _, _ = agent.get_action_and_value(torch.as_tensor(obs, device=device))
+        obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())
+        dones = playing & (terminations | truncations)
+        episodes.step(reward, playing, dones, infos)
+        playing &= ~dones
+        if not playing.any():
+            break
+    if render:
+        video.close()
+    envs.close()
+    means = episodes.means("eval/")
+    print(f"{len(episodes.ended)} of {num_envs} episodes ended within {EVAL_STEPS} steps: {means}")
+    return means
+
+
+def layer_init(layer, std=math.sqrt(2)):
+    """Orthogonal weights of gain `std` (Saxe et al. 2014) and biases of 0."""
     torch.nn.init.orthogonal_(layer.weight, std)
-    torch.nn.init.constant_(layer.bias, bias_const)
+    torch.nn.init.zeros_(layer.bias)
     return layer
-
-
-def to_tensor(array, device: torch.device) -> torch.Tensor:
-    """An array of the environment on the device: bytes and truth values as they are, numbers as float32."""
-    tensor = torch.as_tensor(array)
-    return tensor.to(device, tensor.dtype if tensor.dtype in (torch.uint8, torch.bool) else torch.float32)
 
 
 # -------------------------------------------------- MiniGrid vision ---------------------------------------------------
@@ -237,39 +382,28 @@ VIEW = 7 * TILE
 PIXELS = VIEW * VIEW * 3
 # tasks, by the beginning of their id, that need only some of the seven actions
 ACTIONS = {
-    "MiniGrid-Fetch": (Actions.left, Actions.right, Actions.forward, Actions.pickup),
-    "MiniGrid-GoTo": (Actions.left, Actions.right, Actions.forward, Actions.done),
+    "MiniGrid-Fetch": (0, 1, 2, 3),  # left, right, forward, pickup
+    "MiniGrid-GoTo": (0, 1, 2, 6),  # left, right, forward, done
 }
 
 
-@dataclass(kw_only=True)
-class MinigridArgs(Args):
-    """MiniGrid and BabyAI from pixels and words: the agent's 56 x 56 view and the mission, nothing symbolic."""
-
-    env_id: str = "MiniGrid-Fetch-5x5-N2-v0"
-    total_timesteps: int = 150_000
-    checkpoint_interval: int = 100
-    num_envs: int = 16
-    num_steps: int = 64
-    learning_rate: float = 1e-3
-    update_epochs: int = 4
-    num_minibatches: int = 4
-    ent_coef: float = 0.03
-
-
 @cache
-def render_tile(kind: int, color: int, state: int, agent_here: bool) -> np.ndarray:
+def render_tile(kind, color, state, agent_here):
     """Pixels (8, 8, 3) of one cell of the agent's view; drawing is slow, so each kind of tile is drawn once."""
-    tile, visible = WorldObj.decode(kind, color, state), kind != OBJECT_TO_IDX["unseen"]
-    return Grid.render_tile(tile, agent_dir=3 if agent_here else None, highlight=visible, tile_size=TILE)
+    tile = minigrid.core.world_object.WorldObj.decode(kind, color, state)
+    visible = kind != minigrid.core.constants.OBJECT_TO_IDX["unseen"]
+    agent_dir = 3 if agent_here else None
+    return minigrid.core.grid.Grid.render_tile(tile, agent_dir=agent_dir, highlight=visible, tile_size=TILE)
 
 
 class PixelsAndWords(gym.Wrapper):
     """Packs the agent's view and the mission into one uint8 vector: pixels (56, 56, 3), then 40 word ids."""
 
-    def __init__(self, env: gym.Env, env_id: str):
+    def __init__(self, env, env_id):
         super().__init__(env)
-        self.actions = next((ACTIONS[task] for task in ACTIONS if env_id.startswith(task)), tuple(Actions))
+        self.env_id = env_id
+        tasks = [task for task in ACTIONS if env_id.startswith(task)]
+        self.actions = ACTIONS[tasks[0]] if tasks else range(env.action_space.n)
         self.action_space = gym.spaces.Discrete(len(self.actions))
         self.observation_space = gym.spaces.Box(0, 255, (PIXELS + MAX_WORDS,), np.uint8)
 
@@ -280,9 +414,9 @@ class PixelsAndWords(gym.Wrapper):
             for j, cell in enumerate(column):
                 tile = render_tile(*cell, agent_here=(i, j) == (3, 6))
                 pixels[j * TILE : (j + 1) * TILE, i * TILE : (i + 1) * TILE] = tile
-        words = re.findall("[a-z]+", obs["mission"].lower())
+        words = re.findall(r"\w+", obs["mission"].lower())
         unknown = [word for word in words if word not in WORD_IDS]
-        require(not unknown, f"the mission's words {unknown} are not in VOCABULARY; add them.")
+        require(not unknown, f"--env-id {self.env_id}: the mission's words {unknown} are not in VOCABULARY; add them.")
         ids = [WORD_IDS[word] for word in words[:MAX_WORDS]]
         packed[PIXELS : PIXELS + len(ids)] = ids
         return packed
@@ -294,23 +428,22 @@ class PixelsAndWords(gym.Wrapper):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(self.actions[action])
-        info["success"] = reward > 0
-        return self.pack(obs), reward, terminated, truncated, info
+        return self.pack(obs), reward, terminated, truncated, {"success": bool(reward > 0)} | info
 
 
-def make_minigrid_envs(args: MinigridArgs, **render) -> gym.vector.VectorEnv:
-    """Vector of grid worlds with observations (9448,) uint8; `BadInput` if the id does not fit."""
-    spec = load_spec(args.env_id)
+def make_minigrid_envs(args, num_envs, seed, **render):
+    """Vector of grid worlds with observations (9448,) uint8."""
 
     def make_env():
-        env = gym.make(spec, disable_env_checker=True, **render)
-        space = env.observation_space
-        shapes = {key: part.shape for key, part in space.items()} if isinstance(space, gym.spaces.Dict) else {}
-        rule = f"observations must be MiniGrid's 7 x 7 view and mission, not {space}; try MiniGrid-Fetch-5x5-N2-v0."
+        env = gym.make(args.env_id, disable_env_checker=True, **render)
+        obs, action = env.observation_space, env.action_space
+        shapes = {key: part.shape for key, part in obs.items()} if isinstance(obs, gym.spaces.Dict) else {}
+        rule = f"--env-id {args.env_id}: give MiniGrid's 7 x 7 view and mission, and actions that count from 0."
         require("mission" in shapes and shapes.get("image") == (7, 7, 3), rule)
-        return PixelsAndWords(env, spec.id)
+        require(isinstance(action, gym.spaces.Discrete) and action.start == 0, rule)
+        return PixelsAndWords(env, args.env_id)
 
-    return gym.wrappers.vector.RecordEpisodeStatistics(gym.vector.SyncVectorEnv([make_env] * args.num_envs))
+    return gym.vector.SyncVectorEnv([make_env] * num_envs)
 
 
 class MinigridAgent(nn.Module):
@@ -319,7 +452,7 @@ class MinigridAgent(nn.Module):
     That is FiLM (Perez et al. 2018) without its shift; observations (B, 9448) uint8.
     """
 
-    def __init__(self, envs: gym.vector.VectorEnv, args: MinigridArgs):
+    def __init__(self, envs, args):
         super().__init__()
         self.patches = layer_init(nn.Conv2d(3, 128, TILE, stride=TILE))
         self.norm = nn.LayerNorm(128)
@@ -329,460 +462,194 @@ class MinigridAgent(nn.Module):
         self.actor = layer_init(nn.Linear(128, int(envs.single_action_space.n)), std=0.01)
         self.critic = layer_init(nn.Linear(128, 1), std=1.0)
 
-    def features(self, obs):
+    def get_action_and_value(self, obs, action=None):
         pixels = obs[:, :PIXELS].view(-1, VIEW, VIEW, 3).permute(0, 3, 1, 2) / 127.5 - 1
         patches = self.norm(self.patches(pixels).flatten(2).mT)  # (B, 49, 128)
         scale = 1 + self.words(obs[:, PIXELS:].int()).unsqueeze(1)
-        return self.network(self.project(scale * patches))
-
-    def get_value(self, obs):
-        return self.critic(self.features(obs)).squeeze(-1)
-
-    def get_action_and_value(self, obs, action=None):
-        hidden = self.features(obs)
+        hidden = self.network(self.project(scale * patches))
         probs = Categorical(logits=self.actor(hidden), validate_args=False)
         if action is None:
             action = probs.sample()
         return action, probs.log_prob(action), probs.entropy(), self.critic(hidden).squeeze(-1)
 
-    def update_statistics(self, obs, rewards, dones, valid):
-        """Pixels, words and rewards of at most 1 need no statistics."""
-
     def scale_rewards(self, rewards):
         return rewards
 
-
-# ----------------------------------------------------- Algorithm ------------------------------------------------------
-class ReplayBuffer(nn.Module):
-    """The last K rollouts of T x N transitions, oldest overwritten first; K = 1 is PPO's storage exactly.
-
-    Tensors are (K, T + 1, N, ...). The next observation of row t is row t + 1, so row T holds nothing but the last
-    observation. `valid` is false there, in rollouts not yet collected, and in the row that follows the end of an
-    episode: gymnasium ignores its action and resets (NEXT_STEP autoreset), so it is no transition.
-    """
-
-    def __init__(self, envs: gym.vector.VectorEnv, args: Args, device: torch.device):
-        shape = (args.buffer_epochs, args.num_steps + 1, args.num_envs)
-        obs_space, action_space = envs.single_observation_space, envs.single_action_space
-        obs_dtype = torch.uint8 if obs_space.dtype == np.uint8 else torch.float32
-        action_dtype = torch.float32 if isinstance(action_space, gym.spaces.Box) else torch.int64
-        super().__init__()
-        self.obs = nn.Buffer(torch.zeros(shape + obs_space.shape, dtype=obs_dtype, device=device))
-        self.actions = nn.Buffer(torch.zeros(shape + action_space.shape, dtype=action_dtype, device=device))
-        for name in ("logprobs", "rewards", "values", "advantages", "returns"):
-            self.register_buffer(name, torch.zeros(shape, device=device))
-        for name in ("terminated", "dones", "valid"):
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.bool, device=device))
-        self.versions = nn.Buffer(torch.full(shape[:1], -1))  # iteration of the policy that acted, -1 for no rollout
-        self.slot = nn.Buffer(torch.tensor(-1))  # index of the newest rollout
-
-    def start(self, obs, version: int):
-        """Overwrite the oldest rollout by a new one, which begins with `obs` and is acted by policy `version`."""
-        self.slot = (self.slot + 1) % len(self.obs)
-        self.versions[self.slot] = version
-        self.newest = {name: rollouts[self.slot] for name, rollouts in self.named_buffers() if rollouts.dim() > 1}
-        self.newest["obs"][0] = obs
-
-    def store(self, step: int, next_obs, **transition):
-        """Write row `step` of the newest rollout, and the observation that follows it; arrays or tensors."""
-        for name, value in transition.items():
-            self.newest[name][step] = torch.as_tensor(value)
-        self.newest["obs"][step + 1] = next_obs
-
-    def sample(self, n: int) -> torch.Tensor:
-        """n flat indices of valid transitions, uniform, without replacement until all were drawn once."""
-        valid = self.valid.flatten().nonzero().squeeze(1)
-        rounds = math.ceil(n / len(valid))
-        return valid[torch.cat([torch.randperm(len(valid), device=valid.device) for _ in range(rounds)])[:n]]
-
-
-def compute_gae(rewards, values, terminated, dones, gamma: float, gae_lambda: float):
-    """Generalized advantage estimation (Schulman et al. 2016), not corrected for the drift of the policy since.
-
-    rewards, terminated and dones are (..., T, N), values (..., T + 1, N). A terminated step is worth its reward alone;
-    a time limit ends the sum as well, but bootstraps from the value of the row below it, the final observation.
-    Returns advantages and value targets, (..., T, N) each.
-    """
-    delta = rewards + gamma * values[..., 1:, :] * ~terminated - values[..., :-1, :]
-    advantages = torch.zeros_like(rewards)
-    lastgaelam = 0.0
-    for t in reversed(range(rewards.shape[-2])):
-        lastgaelam = delta[..., t, :] + gamma * gae_lambda * ~dones[..., t, :] * lastgaelam
-        advantages[..., t, :] = lastgaelam
-    return advantages, advantages + values[..., :-1, :]
-
-
-def policy_loss(logratio, advantages, args: Args):
-    """GIPO: the importance ratio times a Gaussian in its logarithm, through which no gradient flows (Lu et al. 2026).
-
-    logratio = log pi(a|s) - log mu(a|s), joint over action dimensions, and advantages are (B,). Returns the loss and,
-    detached, the coefficient c of each sample, whose gradient is -c A grad log pi / B; at most exp(sigma^2 / 2).
-    """
-    # exp(logratio) * exp(-z^2 / 2) in one exponential, which cannot overflow
-    z = torch.where(advantages > 0, logratio.detach() / args.sigma, logratio.detach() / args.sigma_neg)
-    coef = torch.exp(logratio - 0.5 * z**2)
-    return -(coef * advantages).mean(), coef.detach()
-
-
-def minibatch_loss(agent, obs, actions, logprobs, advantages, returns, args: Args):
-    """The loss of a minibatch (B, ...) and, detached, its parts (3,), the log-ratios (B,) and the coefficients (B,)."""
-    _, newlogprob, entropy, newvalue = agent.get_action_and_value(obs, actions)
-    logratio = newlogprob - logprobs
-    if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
-    # Policy loss
-    pg_loss, coef = policy_loss(logratio, advantages, args)
-
-    # Value loss
-    v_loss = 0.5 * ((newvalue - returns) ** 2).mean()
-
-    entropy_loss = entropy.mean()
-    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
-    return loss, torch.stack([pg_loss, v_loss, entropy_loss]).detach(), logratio.detach(), coef
-
-
-def diagnostics(logratio, coef) -> dict[str, torch.Tensor]:
-    """How far the policy is from those that collected samples (B,), and how many still teach; all scalars."""
-    ratio = logratio.clamp(max=20).exp()  # float32 overflows at exp(88)
-    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, for squares overflow too
-    return {
-        "losses/approx_kl": (ratio - 1 - logratio).mean(),
-        "losses/clipfrac": ((ratio - 1).abs() > 0.2).float().mean(),
-        "offpolicy/abs_logratio_p95": logratio.abs().quantile(0.95),
-        "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
-        "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
-        "offpolicy/coef_mean": coef.mean(),
-    }
-
-
-# --------------------------------------------- Checkpoints, evaluation -----------------------------------------------
-CHECKPOINT = "checkpoint.pt"  # in the run's folder
-
-
-@contextlib.contextmanager
-def one_sentence(code: int, prefix: str = ""):
-    """Print what is wrong and exit, without a traceback: 2 for a mistake of the user, 1 for what happens in a run."""
-    try:
-        yield
-    except (BadInput, gym.error.Error, ImportError, OSError) as error:
-        print(f"error: {prefix}{error}", file=sys.stderr)
-        sys.exit(code)
-
-
-def save_checkpoint(path: Path, iteration: int, args: Args, agent, optimizer, buffer, snapshots):
-    """Save what it takes to go on with `iteration`; beside the old file and renamed, so that no crash leaves a half."""
-    _, numpy_keys, numpy_position, *_ = np.random.get_state()
-    checkpoint = {
-        "domain": type(args).__name__,
-        "args": {name: value for name, value in vars(args).items() if name not in ("device", "resume", "evaluate")},
-        "iteration": iteration,
-        "agent": agent.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],
-        "buffer": buffer.state_dict(),
-        "snapshots": [(version, weights) for version, weights in snapshots if version >= iteration - args.policy_lag],
-        "python": torch.tensor(random.getstate()[1]),
-        "numpy": torch.tensor([*numpy_keys.tolist(), numpy_position]),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
-    with path.with_suffix(".tmp").open("wb") as file:
-        try:
-            torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch has no clearer word for a disk that is full
-            raise OSError(f"{path} cannot be written ({error})") from None
-        file.flush()
-        os.fsync(file.fileno())
-    path.with_suffix(".tmp").replace(path)
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint, from a run's folder or by its own path, and run no code in it; `BadInput` if it is damaged."""
-    path = path / CHECKPOINT if path.is_dir() else path
-    try:
-        with zipfile.ZipFile(path) as archive:
-            require(archive.testzip() is None, "wrong checksum")  # torch would read flipped bits without complaint
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows in many ways
-        raise BadInput(f"{path} is missing, damaged or no checkpoint ({type(error).__name__}).") from None
-
-
-def restore(checkpoint: dict, agent, optimizer, buffer, snapshots) -> int:
-    """Put back what `save_checkpoint` saved, and return the iteration to go on with; `BadInput` if it does not fit."""
-    try:
-        snapshots.extend(checkpoint["snapshots"])
-        for weights in [*(weights for _, weights in snapshots), checkpoint["agent"]]:
-            agent.load_state_dict(weights)  # the older ones only to see that they fit
-        buffer.load_state_dict(checkpoint.pop("buffer"))
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
-        fit = all(optimizer.state[p][m].shape == p.shape for p in agent.parameters() for m in ("exp_avg", "exp_avg_sq"))
-        require(fit, "the shape of a moment of Adam")
-        random.setstate((3, tuple(checkpoint["python"].tolist()), None))
-        *numpy_keys, numpy_position = checkpoint["numpy"].tolist()
-        np.random.set_state(("MT19937", numpy_keys, numpy_position))
-        torch.set_rng_state(checkpoint["torch"])
-        if len(checkpoint["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(checkpoint["cuda"])
-        return int(checkpoint["iteration"])
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"the checkpoint does not fit this environment ({str(error).splitlines()[0]}).") from None
-
-
-def record_episodes(played: dict[str, list], infos: dict, success, among=True) -> np.ndarray:
-    """Add the episodes that end with this step to the lists in `played`; returns which did, (N,), all of `among`.
-
-    `success` (N,) is updated in place: a success at any step counts for the episode.
-    """
-    success |= infos.get("success", success) > 0
-    ended = infos.get("_episode", np.zeros_like(success))
-    counted = ended & among
-    if counted.any():
-        played["episodic_return"].extend(infos["episode"]["r"][counted])
-        played["episodic_length"].extend(infos["episode"]["l"][counted])
-        if "success" in infos:
-            played["success_rate"].extend(success[counted])
-    success[ended] = False
-    return counted
-
-
-def evaluate(make_envs, agent, args: Args, device, video: Path) -> dict[str, float]:
-    """Play full episodes with fixed weights on environments of a seed of their own, print and return a summary.
-
-    Each environment plays a share that is fixed beforehand: to take whichever episodes end first would favor short
-    ones. Actions are sampled, and the generators of the training are left as they were.
-    """
-    seed, fewer = args.seed + EVAL_SEED, copy.copy(args)
-    if args.capture_video:
-        fewer.num_envs = 1  # for a vector draws all of its environments
-    envs = make_envs(fewer, **({"render_mode": "rgb_array"} if args.capture_video else {}))
-    share = args.eval_episodes // envs.num_envs + (np.arange(envs.num_envs) < args.eval_episodes % envs.num_envs)
-    first_share, frames, played, success = share[0], [], defaultdict(list), np.zeros(envs.num_envs, dtype=bool)
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        obs, _ = envs.reset(seed=seed)
-        while share.any():
-            if args.capture_video and share[0] == first_share:
-                frames.append(envs.render()[0])
-            action, _, _, _ = agent.get_action_and_value(to_tensor(obs, device))
-            obs, _, _, _, infos = envs.step(action.cpu().numpy())
-            share -= record_episodes(played, infos, success, among=share > 0)
-    envs.close()
-    returns, means = played["episodic_return"], {name: np.mean(values) for name, values in played.items()}
-    spread = f"of returns std {np.std(returns):.6g}, min {np.min(returns):.6g}, max {np.max(returns):.6g}"
-    print(f"{len(returns)} episodes: {', '.join(f'mean {name} {m:.6g}' for name, m in means.items())}; {spread}")
-    if frames:
-        from moviepy import ImageSequenceClip  # slow to import, so only here
-
-        ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30)).write_videofile(str(video), logger=None)
-    return {f"eval/{name}": mean for name, mean in means.items()}
+    def update_statistics(self, obs, rewards, dones, valid):
+        """Pixels, words and rewards of at most 1 need no statistics."""
 
 
 # ---------------------------------------------------- Command line ----------------------------------------------------
-DOMAINS = {MinigridArgs: (make_minigrid_envs, MinigridAgent)}
+DOMAINS = {Args: (make_minigrid_envs, MinigridAgent)}
 
 
-def parse_args(**default) -> Args:
-    """The command line over the domain's defaults, or over those of `default=`; a mistake exits with 2."""
-    return tyro.cli(MinigridArgs, description=__doc__, **default)
+def read_args():
+    """The flags and, with --resume or --evaluate, the checkpoint, whose flags hold unless they are given anew."""
+    Flags = Union[tuple(DOMAINS)]  # noqa: UP007 (the classes are known only here)
+    args, checkpoint = tyro.cli(Flags, description=__doc__), {"iteration": 0}
+    folder = args.evaluate or args.resume
+    if folder:
+        with one_sentence(f"{folder} has no checkpoint of this script and edition"):
+            damaged = zipfile.ZipFile(folder / "checkpoint.pt").testzip()  # torch.load does not notice flipped bits
+            checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            require(not damaged, f"{folder / 'checkpoint.pt'} is damaged.")
+            args = replace(args, **checkpoint["args"])
+        args = tyro.cli(Flags, description=__doc__, default=args)
 
-
-def read_args() -> tuple[Args, dict | None]:
-    """Flags, and the checkpoint that --resume or --evaluate names, whose flags then hold; a mistake exits with 2."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=Path)
-    parser.add_argument("--evaluate", type=Path)
-    given, _ = parser.parse_known_args()
-    path = given.resume or given.evaluate
-    # a run that was killed before its first checkpoint starts afresh
-    if not path or (given.resume and any(path.glob("events.out.tfevents.*")) and not (path / CHECKPOINT).exists()):
-        return parse_args(), None
-    checkpoint = load_checkpoint(path)
-    try:
-        saved = {domain.__name__: domain for domain in DOMAINS}[checkpoint["domain"]](**checkpoint["args"])
-    except (LookupError, TypeError):
-        raise BadInput(f"{path} is no checkpoint of this script; give one that it wrote.") from None
-    args = parse_args(default=saved)
-    for name, value in vars(saved).items():
-        flag, new = name.replace("_", "-"), getattr(args, name, None)
-        rule = f"--{flag} {new}: {path} was run with {value}; leave the flag out, or start a new run."
-        require(new == value or name in RunArgs.__annotations__, rule)
+    for low, high, names in RANGES:
+        for name in names.split():
+            value = getattr(args, name)
+            require(
+                value is None or low <= value <= high, f"--{name.replace('_', '-')} {value}: give {low:g} to {high:g}."
+            )
+    rollout = args.num_steps * args.num_envs
+    least = rollout if args.evaluate else (checkpoint["iteration"] + 1) * rollout
+    even = args.minibatch_size or (rollout % args.num_minibatches == 0 and rollout > args.num_minibatches)
+    require(least <= args.total_timesteps, f"--total-timesteps {args.total_timesteps}: give at least {least}.")
+    require(even, f"--num-minibatches {args.num_minibatches}: give a divisor of one rollout, {rollout}, and less.")
+    require(args.eval_episodes or not (args.evaluate or args.capture_video), "--eval-episodes 0: give 1 or more.")
     return args, checkpoint
 
 
 if __name__ == "__main__":
-    with one_sentence(2):
-        args, checkpoint = read_args()
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed by `2>&-`
+    args, checkpoint = read_args()
     make_envs, Agent = DOMAINS[type(args)]
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True  # one seed, one result on a GPU too
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    with one_sentence(2, f"--env-id {args.env_id}: "):
-        envs = make_envs(args)
-        envs.reset(seed=args.seed)
+    with one_sentence(f"--device {args.device}"):
+        device = torch.zeros(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    batch_size = args.num_steps * args.num_envs
+    minibatch_size = args.minibatch_size or batch_size // args.num_minibatches
+    num_iterations = args.total_timesteps // batch_size
+    first_iteration = checkpoint["iteration"]
+    global_step = first_step = first_iteration * batch_size
 
+    seed = stream_seed(args.seed, first_iteration)
+    envs, obs = start_envs(make_envs, args, args.num_envs, seed)
     agent = Agent(envs, args).to(device)
-    actor = Agent(envs, args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    buffer = ReplayBuffer(envs, args, device)
-    snapshots = deque(maxlen=args.policy_lag + 1)
-    with one_sentence(2):
-        first_iteration = restore(checkpoint, agent, optimizer, buffer, snapshots) if checkpoint else 0
-    global_step = first_iteration * args.batch_size
+    # the step size is a tensor because --compile would compile a number in
+    optimizer = torch.optim.Adam(agent.parameters(), torch.tensor(args.learning_rate), eps=1e-5, fused=not args.compile)
+    buffer = ReplayBuffer(obs, envs.action_space.sample(), args, device)
+    actors = nn.ModuleList(copy.deepcopy(agent) for _ in range(args.policy_lag + 1))  # its last versions, in a ring
+    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer, "actors": actors}
+    resumed = args.evaluate or args.resume
+    if resumed:
+        with one_sentence(f"the checkpoint of {resumed} does not fit these flags"):
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+            torch.set_rng_state(checkpoint["rng"][0])
+            torch.cuda.set_rng_state_all(checkpoint["rng"][1:][: torch.cuda.device_count()])
 
-    # in nanoseconds, for runs that start together must not share a folder
-    run_name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{time.time_ns()}"
-    folder = args.resume or args.evaluate or Path("runs", run_name)
-    folder = folder.parent if folder.is_file() else folder
+    # in nanoseconds, because runs that start together must not share a folder
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+    folder = resumed or Path("runs", re.sub(r"[^\w.-]", "-", run_name))
     if args.evaluate:
         evaluate(make_envs, agent, args, device, folder / f"{global_step}.mp4")
         sys.exit()
+    if args.capture_video:
+        start_envs(make_envs, args, 1, seed, render_mode="rgb_array")[0].close()  # fails now, not after the training
     if args.track:
         try:
             import wandb
 
-            place = {"project": args.wandb_project_name, "entity": args.wandb_entity, "mode": args.wandb_mode}
-            name = {"name": folder.absolute().name, "id": folder.absolute().name, "resume": "allow"}
-            wandb.init(**place, **name, sync_tensorboard=True, config=vars(args))
+            wandb.init(name=folder.name, sync_tensorboard=True, config=vars(args))
         except Exception as error:  # tracking must not cost a run
             print(f"warning: the run goes on without Weights and Biases: {error}", file=sys.stderr)
-    with one_sentence(2):
-        # what was logged after the checkpoint will be logged again
-        writer = SummaryWriter(folder, purge_step=global_step + 1 if checkpoint else 0)
-    print(f"{folder}: {'goes on' if checkpoint else 'starts, with the flags given,'} after step {global_step}")
-    if not checkpoint:
-        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    save_checkpoint(folder, first_iteration, args, parts)
+    writer = SummaryWriter(folder, purge_step=first_step + 1)  # what came after the checkpoint is logged again
+    writer.add_text("hyperparameters", f"`{args}`", first_step)
+    print(f"{folder}: {'goes on' if resumed else 'starts'} after step {first_step}")
+    if args.compile:
+        gradient_step = torch.compile(gradient_step)
+        torch._dynamo.config.trace_autograd_ops = True
+    stops = []  # signals that came; the run stops at the end of the iteration
+    handlers = {
+        s: signal.signal(s, lambda s, _: stops.append(s))
+        for s in signal.Signals
+        if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(s) != signal.SIG_IGN  # as SIGHUP under nohup
+    }
 
-    # Statistics start from a few random steps, which are neither counted nor learned from
-    envs.action_space.seed(args.seed)
-    next_valid = np.ones(args.num_envs, dtype=bool)
-    for step in range(0 if checkpoint else RANDOM_STEPS):
-        next_obs, reward, terminations, truncations, _ = envs.step(envs.action_space.sample())
-        done = terminations | truncations | (step == RANDOM_STEPS - 1)  # the run itself starts with a reset
-        row = (next_obs, reward, done, next_valid)
-        agent.update_statistics(*(to_tensor(array, device).unsqueeze(0) for array in row))
-        next_valid = ~done
+    next_obs = torch.as_tensor(envs.reset(seed=seed)[0], device=device)
+    next_valid = np.ones(args.num_envs, bool)
+    episodes = Episodes(args.num_envs)
+    start_time = time.time()
+    progress = tqdm(range(first_iteration, num_iterations), initial=first_iteration, total=num_iterations)
 
-    loss_of = torch.compile(minibatch_loss) if args.compile else minibatch_loss
-    stops = []
-
-    def stop_after_iteration(signum, _):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C aborts at once
-        stops.append(signum)
-
-    handlers = {signum: signal.signal(signum, stop_after_iteration) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    start_time, start_step = time.time(), global_step
-    # a resumed run starts its episodes anew, with seeds that no earlier part of it began with
-    next_obs = to_tensor(envs.reset(seed=args.seed + args.num_envs * first_iteration)[0], device)
-    next_valid = np.ones(args.num_envs, dtype=bool)
-    success = np.zeros(args.num_envs, dtype=bool)
-    num_iterations = args.total_timesteps // args.batch_size
-    progress = tqdm(total=num_iterations * args.batch_size, initial=global_step, unit="step", unit_scale=True)
-
-    for iteration in range(first_iteration, num_iterations):
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
-        snapshots.append((iteration, copy.deepcopy(agent.state_dict())))
-        version, weights = snapshots[0]
-        actor.load_state_dict(weights)
+    for iteration in progress:
+        lr = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1)
+        optimizer.param_groups[0]["lr"].fill_(lr)
+        version = max(0, iteration - args.policy_lag)
+        actors[iteration % len(actors)].load_state_dict(agent.state_dict())
         frozen = args.freeze_buffer_at is not None and global_step >= args.freeze_buffer_at
+        slot = iteration % args.buffer_epochs  # of the oldest rollout, which the new one overwrites
+        rollout = {name: field[slot] for name, field in buffer.named_buffers()}  # views
 
         # Rollout
-        episodes = defaultdict(list)
-        if not frozen:
-            buffer.start(next_obs, version)
+        episodes.ended.clear()
         for step in range(args.num_steps):
+            obs, valid = next_obs, next_valid
             with torch.no_grad():
-                action, logprob, _, value = actor.get_action_and_value(next_obs)
+                action, logprob, _, value = actors[version % len(actors)].get_action_and_value(obs)
             next_obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())
-            next_obs = to_tensor(next_obs, device)
-            valid, next_valid = next_valid, ~(terminations | truncations)
+            next_obs = torch.as_tensor(next_obs, device=device)
+            next_valid = ~(terminations | truncations)
+            episodes.step(reward, valid, ~next_valid, infos)
             if not frozen:
                 # a lost life ends the return like a death, but the game goes on: no autoreset follows
                 terminated = terminations | infos.get("life_lost", False)
-                transition = {"actions": action, "logprobs": logprob, "values": value, "rewards": reward}
-                transition |= {"terminated": terminated, "dones": terminated | truncations, "valid": valid}
-                buffer.store(step, next_obs, **transition)
-            record_episodes(episodes, infos, success)
-        global_step += args.batch_size
+                row = {"obs": obs, "actions": action, "logprobs": logprob, "values": value, "rewards": reward}
+                row |= {"terminated": terminated, "dones": terminated | truncations, "valid": valid}
+                for name, value in row.items():
+                    rollout[name][step] = torch.as_tensor(value)
+        if not frozen:
+            rollout["obs"][-1] = next_obs
+            rollout["versions"].fill_(version)
+        global_step += batch_size
 
         # Advantages
-        recompute = args.advantage_source == "recompute"
-        if recompute or not frozen:
-            slots = (buffer.versions >= 0).nonzero().flatten().tolist() if recompute else [buffer.slot.item()]
-            with torch.no_grad():
-                for slot in slots:
-                    # what the current weights acted on they have valued, but for the observation that it ended with
-                    start = args.num_steps if buffer.versions[slot] == iteration else 0
-                    chunks = buffer.obs[slot, start:].flatten(0, 1).split(256)  # fits a CPU's cache
-                    values = torch.cat([agent.get_value(chunk) for chunk in chunks])
-                    buffer.values[slot, start:] = values.view(-1, args.num_envs)
-                rewards, values = agent.scale_rewards(buffer.rewards[slots, :-1]), buffer.values[slots]
-                terminated, dones = buffer.terminated[slots, :-1], buffer.dones[slots, :-1]
-                gae = compute_gae(rewards, values, terminated, dones, args.gamma, args.gae_lambda)
-                buffer.advantages[slots, :-1], buffer.returns[slots, :-1] = gae
+        slots = (buffer.versions >= 0).nonzero().squeeze(1)
+        ages = iteration - buffer.versions[slots].float()
+        if args.advantage_source == "stored":
+            slots = slots[:0] if frozen else slots[slots == slot]
+        refresh_advantages(buffer, slots, iteration, agent, args)
 
         # Update
-        fields = (buffer.obs, buffer.actions, buffer.logprobs, buffer.advantages, buffer.returns)
-        batch = [rollouts.flatten(0, 2) for rollouts in fields]
+        batch = buffer.rows("obs", "actions", "logprobs", "advantages", "returns")
         logged = []
         for _ in range(args.update_epochs):
-            b_inds = buffer.sample(args.batch_size)
-            for mb_inds in b_inds.split(args.minibatch_size):
-                loss, *parts = loss_of(agent, *(rows[mb_inds] for rows in batch), args)
-                optimizer.zero_grad()
-                loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
-
-                logged.append([*parts, grad_norm])
-
-        # Statistics change only now: the policy that acted on them must still be the one that the update starts from
-        if not frozen:
-            newest = (buffer.obs, buffer.rewards, buffer.dones, buffer.valid)
-            agent.update_statistics(*(rollouts[buffer.slot, :-1] for rollouts in newest))
+            b_inds = buffer.sample(args.num_minibatches * minibatch_size)
+            for mb_inds in b_inds.split(minibatch_size):
+                logged.append(gradient_step(agent, optimizer, [field[mb_inds] for field in batch], args))
+        if not frozen:  # only now, because the update must start from the policy that acted
+            agent.update_statistics(*(rollout[name][:-1] for name in ("obs", "rewards", "dones", "valid")))
 
         # Logging
-        losses, logratios, coefs, grad_norms = zip(*logged, strict=True)
-        scalars = diagnostics(torch.cat(logratios), torch.cat(coefs))
-        tags = ("losses/policy_loss", "losses/value_loss", "losses/entropy")
-        scalars |= zip(tags, torch.stack(losses).mean(0), strict=True)
-        scalars["losses/grad_norm"] = torch.stack(grad_norms).mean()
+        losses, logratios, coefs = zip(*logged)
         y_pred, y_true = buffer.values.flatten()[b_inds], buffer.returns.flatten()[b_inds]
+        scalars = {tag: torch.stack([loss[tag] for loss in losses]).mean() for tag in losses[0]}
+        scalars |= diagnostics(torch.cat(logratios), torch.cat(coefs))
         scalars["losses/explained_variance"] = 1 - (y_true - y_pred).var() / y_true.var().clamp(min=1e-8)
-        scalars = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))  # one device sync
-        scalars |= {f"charts/{name}": np.mean(values) for name, values in episodes.items()}
-        ages = iteration - buffer.versions[buffer.versions >= 0]
-        scalars |= {"offpolicy/age_mean": ages.float().mean().item(), "offpolicy/age_max": ages.max().item()}
-        scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        scalars["charts/SPS"] = int((global_step - start_step) / (time.time() - start_time))
-        progress.update(args.batch_size)
-        if episodes:
-            progress.set_postfix({"return": f"{scalars['charts/episodic_return']:.1f}"})
-        with one_sentence(1, f"the run stops, {folder} keeps its last checkpoint: "):
-            require(all(map(math.isfinite, scalars.values())), f"loss or gradient not finite in iteration {iteration}")
-            for tag, value in scalars.items():
-                writer.add_scalar(tag, value, global_step)
-            interval = args.checkpoint_interval or num_iterations
-            if stops or iteration + 1 == num_iterations or (iteration + 1) % interval == 0:
-                writer.flush()  # before the checkpoint, which must not be ahead of the log
-                require(all(w.isfinite().all() for w in agent.state_dict().values()), "weight or statistic not finite")
-                save_checkpoint(folder / CHECKPOINT, iteration + 1, args, agent, optimizer, buffer, snapshots)
+        scalars |= {"offpolicy/age_mean": ages.mean(), "offpolicy/age_max": ages.max()}
+        scalars |= episodes.means("charts/")
+        scalars |= {"charts/learning_rate": lr, "charts/SPS": (global_step - first_step) / (time.time() - start_time)}
+        checked = {"observations": rollout["obs"], "rewards": rollout["rewards"]} | scalars | agent.state_dict()
+        broken = [name for name, value in checked.items() if not torch.as_tensor(value).isfinite().all()]
+        require(not broken, f"{broken[:3]} not finite in iteration {iteration}; {folder} keeps its last checkpoint.", 1)
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, global_step)
+        progress.set_postfix(episodic_return=scalars.get("charts/episodic_return"))
+        if stops or iteration + 1 == num_iterations or (iteration + 1) % args.checkpoint_interval == 0:
+            writer.flush()  # before the checkpoint, which must not be ahead of the log
+            save_checkpoint(folder, iteration + 1, args, parts)
         if stops:
-            break
+            print(f"stopped after step {global_step}; go on with --resume {folder}")
+            sys.exit(128 + stops[0])
 
+    envs.close()
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
-    progress.close()
-    envs.close()
-    if stops:
-        writer.close()
-        print(f"stopped after step {global_step}; go on with --resume {folder}")
-        sys.exit(128 + stops[0])
-    if args.eval_episodes and global_step > start_step:
+    if args.eval_episodes:
         for tag, value in evaluate(make_envs, agent, args, device, folder / f"{global_step}.mp4").items():
             writer.add_scalar(tag, value, global_step)
     writer.close()
