@@ -2,15 +2,14 @@
 
     loss = -mean(w * r * A) + kl_coef * KL(mu || pi),  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2))
 
-mu is the policy that collected the sample; no gradient flows through w. The KL term pulls pi back towards its data,
-which the weight alone never does; one is part of the authors' released method.
+mu is the policy that collected the sample. The KL term pulls pi back towards mu; it is estimated by mean(-log r).
+No gradient flows through w. A KL term is part of the authors' released method. (Lu et al. 2026, arXiv:2603.03955)
 
-    python gipo_minigrid_vision.py                         # Fetch
-    python gipo_minigrid_vision.py --buffer-epochs 8       # learn from the last 8 rollouts
-    python gipo_minigrid_vision.py --resume runs/RUN       # or --evaluate runs/RUN --capture-video
+    python gipo_minigrid_vision.py --buffer-epochs 8      # learn from the last 8 rollouts; --help explains every flag
+    python gipo_minigrid_vision.py --resume runs/RUN      # go on; or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
-`diff ppo_baseline.py gipo_minigrid_vision.py` shows the method. From `__main__` down all four scripts are identical.
+`diff ppo_baseline.py gipo_atari.py` shows the method. From `__main__` down all four scripts are identical.
 """
 
 # /// script
@@ -190,9 +189,10 @@ RANGES = (
     (1, 1e9, "num_envs update_epochs num_minibatches buffer_epochs freeze_buffer_at checkpoint_interval"),
     (2, 1e9, "num_steps minibatch_size"),
     (1e-9, 1, "learning_rate"),
-    (1e-9, 1e9, "max_grad_norm sigma sigma_neg"),
+    (1e-9, 1e9, "max_grad_norm"),
+    (1e-9, 1e9, "sigma sigma_neg"),
 )
-EVAL_STEPS = 30_000  # per episode of the evaluation, longer than a whole game of Atari
+EVAL_STEPS = 30_000  # per episode of the evaluation; a game of the ALE has at most 27,000
 
 
 # --------------------------------------------- Replay buffer, advantages ----------------------------------------------
@@ -480,7 +480,9 @@ class MinigridAgent(nn.Module):
 
 
 # ---------------------------------------------------- Command line ----------------------------------------------------
-DOMAINS = {Args: (make_minigrid_envs, MinigridAgent)}
+DOMAINS = {
+    Args: (make_minigrid_envs, MinigridAgent),
+}
 
 
 def read_args():
@@ -528,8 +530,8 @@ if __name__ == "__main__":
     seed = stream_seed(args.seed, first_iteration)
     envs, obs = start_envs(make_envs, args, args.num_envs, seed)
     agent = Agent(envs, args).to(device)
-    # the step size is a tensor because --compile would compile a number in
-    optimizer = torch.optim.Adam(agent.parameters(), torch.tensor(args.learning_rate), eps=1e-5, fused=not args.compile)
+    lr = torch.tensor(args.learning_rate)  # --compile would compile a number in
+    optimizer = torch.optim.Adam(agent.parameters(), lr, eps=1e-5, fused=not args.compile)
     buffer = ReplayBuffer(obs, envs.action_space.sample(), args, device)
     actors = nn.ModuleList(copy.deepcopy(agent) for _ in range(args.policy_lag + 1))  # its last versions, in a ring
     parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer, "actors": actors}
@@ -541,8 +543,7 @@ if __name__ == "__main__":
             torch.set_rng_state(checkpoint["rng"][0])
             torch.cuda.set_rng_state_all(checkpoint["rng"][1:][: torch.cuda.device_count()])
 
-    # in nanoseconds, because runs that start together must not share a folder
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"  # no two share it
     folder = resumed or Path("runs", re.sub(r"[^\w.-]", "-", run_name))
     if args.evaluate:
         evaluate(make_envs, agent, args, device, folder / f"{global_step}.mp4")
@@ -646,7 +647,6 @@ if __name__ == "__main__":
             print(f"stopped after step {global_step}; go on with --resume {folder}")
             sys.exit(128 + stops[0])
 
-    envs.close()
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
     if args.eval_episodes:

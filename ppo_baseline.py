@@ -2,11 +2,10 @@
 
     loss = -mean(min(r * A, clip(r, 1 - eps, 1 + eps) * A)) + kl_coef * KL(mu || pi),  r = pi(a|s) / mu(a|s)
 
-mu is the policy that collected the sample. The KL term is 0 by default.
+mu is the policy that collected the sample. The KL term pulls pi back towards mu; it is estimated by mean(-log r).
 
-    python ppo_baseline.py atari                           # or continuous, or minigrid
-    python ppo_baseline.py atari --buffer-epochs 8         # learn from the last 8 rollouts
-    python ppo_baseline.py atari --resume runs/RUN         # or --evaluate runs/RUN --capture-video
+    python ppo_baseline.py atari --buffer-epochs 8      # learn from the last 8 rollouts; --help explains every flag
+    python ppo_baseline.py atari --resume runs/RUN      # go on; or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
 `diff ppo_baseline.py gipo_atari.py` shows the method. From `__main__` down all four scripts are identical.
@@ -192,10 +191,11 @@ RANGES = (
     (0, 1e9, "policy_lag eval_episodes ent_coef vf_coef kl_coef"),
     (1, 1e9, "num_envs update_epochs num_minibatches buffer_epochs freeze_buffer_at checkpoint_interval"),
     (2, 1e9, "num_steps minibatch_size"),
-    (1e-9, 1, "learning_rate clip_coef"),
+    (1e-9, 1, "learning_rate"),
     (1e-9, 1e9, "max_grad_norm"),
+    (1e-9, 1, "clip_coef"),
 )
-EVAL_STEPS = 30_000  # per episode of the evaluation, longer than a whole game of Atari
+EVAL_STEPS = 30_000  # per episode of the evaluation; a game of the ALE has at most 27,000
 
 
 # --------------------------------------------- Replay buffer, advantages ----------------------------------------------
@@ -768,8 +768,8 @@ if __name__ == "__main__":
     seed = stream_seed(args.seed, first_iteration)
     envs, obs = start_envs(make_envs, args, args.num_envs, seed)
     agent = Agent(envs, args).to(device)
-    # the step size is a tensor because --compile would compile a number in
-    optimizer = torch.optim.Adam(agent.parameters(), torch.tensor(args.learning_rate), eps=1e-5, fused=not args.compile)
+    lr = torch.tensor(args.learning_rate)  # --compile would compile a number in
+    optimizer = torch.optim.Adam(agent.parameters(), lr, eps=1e-5, fused=not args.compile)
     buffer = ReplayBuffer(obs, envs.action_space.sample(), args, device)
     actors = nn.ModuleList(copy.deepcopy(agent) for _ in range(args.policy_lag + 1))  # its last versions, in a ring
     parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer, "actors": actors}
@@ -781,8 +781,7 @@ if __name__ == "__main__":
             torch.set_rng_state(checkpoint["rng"][0])
             torch.cuda.set_rng_state_all(checkpoint["rng"][1:][: torch.cuda.device_count()])
 
-    # in nanoseconds, because runs that start together must not share a folder
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"  # no two share it
     folder = resumed or Path("runs", re.sub(r"[^\w.-]", "-", run_name))
     if args.evaluate:
         evaluate(make_envs, agent, args, device, folder / f"{global_step}.mp4")
@@ -886,7 +885,6 @@ if __name__ == "__main__":
             print(f"stopped after step {global_step}; go on with --resume {folder}")
             sys.exit(128 + stops[0])
 
-    envs.close()
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
     if args.eval_episodes:

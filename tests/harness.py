@@ -8,8 +8,23 @@ from types import ModuleType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmark.scripts import ROOT, load, run_body
+from benchmark.variants import load_variant
 
-__all__ = ["DOMAIN_OF", "ENTRIES", "GIPO", "MAIN", "ROOT", "SCRIPTS", "load", "run", "scalars", "source"]
+__all__ = [
+    "DOMAIN_OF",
+    "ENTRIES",
+    "GIPO",
+    "MAIN",
+    "ROOT",
+    "SCRIPTS",
+    "flags",
+    "load",
+    "load_variant",
+    "run",
+    "scalars",
+    "source",
+    "watch",
+]
 MAIN = 'if __name__ == "__main__":\n'
 DOMAIN_OF = {"gipo_atari": "atari", "gipo_continuous": "continuous", "gipo_minigrid_vision": "minigrid"}
 GIPO = list(DOMAIN_OF)
@@ -22,6 +37,23 @@ def source(name: str) -> str:
     return (ROOT / f"{name}.py").read_text()
 
 
+def flags(module: ModuleType, domain: int = 0, **values):
+    """The flags of a loaded script, of its first domain or another one, with these values."""
+    return list(module.DOMAINS)[domain](**values)
+
+
+def watch(monkeypatch, owner, name: str, note) -> list:
+    """A list that takes note(*args) before each call of owner.name."""
+    noted, function = [], getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        noted.append(note(*args, **kwargs))
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, watched)
+    return noted
+
+
 def run(module: ModuleType, monkeypatch, folder: Path, argv: list[str]) -> ModuleType:
     """Runs the body of a loaded script in `folder` as if started with `argv`; its variables end up in the module.
 
@@ -30,10 +62,11 @@ def run(module: ModuleType, monkeypatch, folder: Path, argv: list[str]) -> Modul
     argv = [*map(str, argv)]
     if not {"--eval-episodes", "--evaluate"} & set(argv):
         argv += ["--eval-episodes", "0"]
+    folder.mkdir(exist_ok=True)
     monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *argv])
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     try:
         run_body(module)
     finally:
