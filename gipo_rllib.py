@@ -1,8 +1,9 @@
 """GIPO on Ray RLlib's asynchronous engine: APPO's actors and circular buffer, GIPO's loss in the place of its clip.
 
-    loss = -mean(w * r * A),  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2)) without gradient
+    loss = -mean(w * r * A) + kl_coef * KL(mu || pi),  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2))
 
-mu is the policy that acted, some updates ago, on another process or machine; A are V-trace's advantages.
+mu is the policy that acted, some updates ago, on another process or machine; A are V-trace's advantages. No gradient
+flows through w.
 
     pip install -r requirements-rllib.txt                         # an environment of its own
     python gipo_rllib.py                                          # CartPole, two actors on this machine
@@ -14,10 +15,12 @@ mu is the policy that acted, some updates ago, on another process or machine; A 
 --surrogate clip is APPO's clipped loss at the same settings, advantages and bootstrap.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -49,6 +52,7 @@ from tensorboardX import SummaryWriter
 
 CHECKPOINT = "checkpoint-*"  # in the run's folder, with the step, as is ARGS
 ARGS = "args.json"
+RESTARTS = 10  # of each actor, without a single step between, that show that more of them are in vain
 SHOWN = ("charts/episodic_return", "offpolicy/age_mean", "offpolicy/abs_logratio_p95", "charts/SPS")
 
 
@@ -59,14 +63,14 @@ class Args:
     env_id: str = "CartPole-v1"
     """environment id: vectors or ALE/*-v5, with discrete or continuous actions"""
     total_timesteps: int = 300_000
-    """environment steps in all, summed over the actors (1e5 to 1e9)"""
+    """environment steps in all, summed over the actors (100000 to 1000000000)"""
     address: str | None = None
     """Ray cluster to join, as in ray.init; none starts a local one"""
     resume: Path | None = None
     """go on with the run in this folder and its flags; only the address, steps and intervals here may be new"""
     checkpoint_interval: int = 10
-    """iterations between checkpoints, each of which replaces the last (1 to 100); one more is saved at the end; weights
-    that are not finite stop the run instead"""
+    """iterations between checkpoints, each of which replaces the last (1 to 100); one more is saved at the end. What is
+    not finite, of observations, rewards, losses or weights, stops the run instead"""
     iteration_seconds: float = 5.0
     """shortest time between two lines of the log (1 to 60)"""
 
@@ -111,55 +115,81 @@ class Args:
     sigma: float = 0.5
     """gipo: width of the weight, in units of the joint log-ratio (0.2 to 2)"""
     sigma_neg: float | None = None
-    """gipo: width where the advantage is not positive, an absolute value; none is the same as sigma (0.1 to 2)"""
+    """gipo: width where the advantage is not positive; None is the same as sigma (0.1 to 2)"""
     clip_coef: float = 0.4
     """clip: how far the ratio to the target network may go from 1 (0.1 to 0.4)"""
+    kl_coef: float | None = None
+    """weight of KL(mu || pi), a pull back to the policy that acted (0 to 0.3); None is 0.1 for gipo and 0 for clip"""
 
     def __post_init__(self):
-        self.sigma_neg = self.sigma if self.sigma_neg is None else self.sigma_neg
-        at_least = {"num-env-runners": 1, "num-envs": 1, "num-steps": 2, "num-learners": 0, "num-gpus": 0}
-        at_least |= {"batch-size": 2, "buffer-batches": 1, "buffer-reuse": 1, "total-timesteps": 1, "seed": 0}
-        at_least |= {"checkpoint-interval": 1, "ent-coef": 0, "vf-coef": 0, "iteration-seconds": 0}
-        for flag, low in at_least.items():
-            value = getattr(self, flag.replace("-", "_"))
-            require(low <= value < math.inf, f"--{flag} {value}: give a number of {low} or more.")
-        for flag in ("sigma", "sigma-neg", "clip-coef", "learning-rate", "max-grad-norm", "reward-scale"):
-            value = getattr(self, flag.replace("-", "_"))
-            require(1e-6 < value < math.inf, f"--{flag} {value}: give a number above 0.")
-        require(0 <= self.gamma <= 1, f"--gamma {self.gamma}: give a number from 0 to 1.")
+        if self.kl_coef is None:
+            self.kl_coef = 0.1 if self.surrogate == "gipo" else 0.0
+        for low, high, names in RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                rule = f"--{name.replace('_', '-')} {value}: give {low:g} to {high:g}."
+                require(value is None or low <= value <= high, rule)
+
+
+# smallest and largest value of each flag
+RANGES = (
+    (0, 2e9, "seed"),
+    (0, 1, "gamma"),
+    (0, 1e9, "num_learners num_gpus ent_coef vf_coef kl_coef iteration_seconds"),
+    (1, 1e9, "num_env_runners num_envs buffer_batches buffer_reuse checkpoint_interval"),
+    (1, 1e15, "total_timesteps"),
+    (2, 1e9, "num_steps batch_size"),
+    (1e-6, 1e38, "learning_rate max_grad_norm reward_scale sigma sigma_neg clip_coef"),
+)
 
 
 class BadInput(ValueError):
-    """A mistake in the command line: one sentence that names the flag and the fix, shown without a traceback."""
+    """Ends the script with one sentence, which names the mistake and the fix, and this exit code."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
 
 
-def require(condition: bool, message: str):
+def require(condition: bool, message: str, code: int = 2):
     """Raise `BadInput(message)` unless the condition holds (NaN compares false, so it never passes a range)."""
     if not condition:
-        raise BadInput(message)
+        raise BadInput(message, code)
+
+
+@contextlib.contextmanager
+def one_sentence(what: str, code: int = 2):
+    """Whatever fails in here becomes a `BadInput`; each library fails in its own way."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f"{what}: {error} ({type(error).__name__}).", code) from None
 
 
 # ------------------------------------------------------- Loss --------------------------------------------------------
-def policy_loss(logratio, advantages, args: Args):
+def policy_loss(logratio, advantages, args):
     """GIPO: the importance ratio times a Gaussian in its logarithm, through which no gradient flows (Lu et al. 2026).
 
     logratio = log pi(a|s) - log mu(a|s), joint over action dimensions, and advantages are (B,). Returns the loss and,
-    detached, the coefficient c of each sample, whose gradient is -c A grad log pi / B; at most exp(sigma^2 / 2).
+    detached, the coefficient c of each sample, whose gradient is -c A grad log pi / B.
     """
-    # exp(logratio) * exp(-z^2 / 2) in one exponential, which cannot overflow
-    z = torch.where(advantages > 0, logratio.detach() / args.sigma, logratio.detach() / args.sigma_neg)
-    coef = torch.exp(logratio - 0.5 * z**2)
+    z = torch.where(advantages > 0, logratio / args.sigma, logratio / (args.sigma_neg or args.sigma)).detach()
+    coef = torch.exp(logratio - 0.5 * z**2)  # ratio * weight in one exponential, which cannot overflow
     return -(coef * advantages).mean(), coef.detach()
 
 
-def diagnostics(logratio, coef) -> dict[str, torch.Tensor]:
+def diagnostics(logratio, coef):
     """How far the policy is from those that collected samples (B,), and how many still teach; all scalars."""
-    ratio = logratio.clamp(max=20).exp()  # float32 overflows at exp(88)
-    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, for squares overflow too
+    ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88)
+    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could overflow
     return {
+        "losses/kl": -logratio.mean(),
         "losses/approx_kl": (ratio - 1 - logratio).mean(),
         "losses/clipfrac": ((ratio - 1).abs() > 0.2).float().mean(),
-        "offpolicy/abs_logratio_p95": logratio.abs().quantile(0.95),
+        # torch.quantile takes 2**24 samples at most
+        "offpolicy/abs_logratio_p95": logratio.abs().kthvalue(math.ceil(0.95 * len(logratio))).values,
         "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
         "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
         "offpolicy/coef_mean": coef.mean(),
@@ -181,6 +211,8 @@ def clip_loss(logratio, old_logratio, pg_advantages, args: Args):
 
 class Learner(APPOTorchLearner):
     """APPO's learner with the policy loss that --surrogate names, and the scripts' diagnostics."""
+
+    broken = False  # a loss was not finite
 
     def update(self, *args, **kwargs):
         # RLlib queues means every few gradient steps and reads them every few batches: with reuse it falls ever further
@@ -237,10 +269,15 @@ class Learner(APPOTorchLearner):
         else:
             pg_loss, coef = clip_loss(logratio, old_logratio, advantages, args)
 
+        kl = -logratio.mean()  # KL(mu || pi), estimated on samples of mu
+
         # Value loss
         v_loss = 0.5 * ((values - targets)[valid] ** 2).mean()
 
         entropy_loss = policy.entropy()[mask].mean()
+        loss = pg_loss + args.kl_coef * kl - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+        # RLlib makes a step of 0 of such a loss, and drops NaN from its means
+        self.broken = ~loss.detach().isfinite() | self.broken
         # in gradient steps; RLlib has counted this one already
         age = (self._weights_seq_no - 1 - batch[WEIGHTS_SEQ_NO][mask]).float()
         scalars = diagnostics(logratio.detach(), coef)
@@ -248,10 +285,43 @@ class Learner(APPOTorchLearner):
         scalars |= {"offpolicy/age_mean": age.mean(), "offpolicy/age_max": age.max()}
         self.metrics.log_dict({tag: value.detach() for tag, value in scalars.items()}, key=module_id, window=100)
         self.metrics.log_value((module_id, "charts/gradient_steps"), self._weights_seq_no, reduce="max", window=100)
-        return pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+        self.metrics.log_value((module_id, "not_finite/losses"), self.broken.float(), reduce="max", window=100)
+        return loss
 
 
 # ------------------------------------------------------- Engine -------------------------------------------------------
+class Finite(gym.Wrapper):
+    """Notes in `broken` what is not finite, and puts 0 in its place.
+
+    NaN would stay in the means that normalize the observations of all actors, and no action can be drawn from it.
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.broken = set()
+
+    def checked(self, name: str, value):
+        if np.isfinite(value).all():
+            return value
+        self.broken.add(name)
+        return np.zeros_like(value)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.checked("observations", obs), info
+
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        return self.checked("observations", obs), self.checked("rewards", reward), *rest
+
+
+def report_broken(env_runner, metrics_logger, **_):
+    """What an actor's environments noted goes to the main process with its rollouts."""
+    names = set().union(*env_runner.env.unwrapped.get_attr("broken"))
+    for name in ("observations", "rewards"):
+        metrics_logger.log_value(f"not_finite/{name}", float(name in names), reduce="max")
+
+
 def make_config(args: Args) -> APPOConfig:
     """RLlib's settings for these flags; `BadInput` if the environment does not fit."""
     with_pixels = args.env_id.startswith("ALE/")
@@ -263,17 +333,22 @@ def make_config(args: Args) -> APPOConfig:
             gym.register_envs(ale_py)  # in each actor's process
             env = gym.make(args.env_id, frameskip=1)
             env = gym.wrappers.AtariPreprocessing(env, grayscale_newaxis=True, scale_obs=True)
-            return FireResetEnv(env) if "FIRE" in env.unwrapped.get_action_meanings() else env
-        return gym.make(args.env_id)
+            return Finite(FireResetEnv(env) if "FIRE" in env.unwrapped.get_action_meanings() else env)
+        return Finite(gym.make(args.env_id))
 
-    try:
+    def flat(space):
+        return isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+
+    with one_sentence(f"--env-id {args.env_id}"):
         env = make_env(None)
-    except (gym.error.Error, ImportError) as error:
-        raise BadInput(f"--env-id {args.env_id}: {error}") from None
-    space, continuous = env.observation_space, isinstance(env.action_space, gym.spaces.Box)
-    env.close()
-    fits = with_pixels or (isinstance(space, gym.spaces.Box) and len(space.shape) == 1)
-    require(fits, f"--env-id {args.env_id}: observations must be a flat Box, not {space}; try CartPole-v1.")
+        space, actions = env.observation_space, env.action_space
+        env.close()
+    rule = f"--env-id {args.env_id}: observations must be a flat Box, not {space}; try CartPole-v1."
+    require(with_pixels or flat(space), rule)
+    continuous = flat(actions)
+    fits = continuous or (isinstance(actions, gym.spaces.Discrete) and actions.start == 0)
+    rule = f"--env-id {args.env_id}: actions must be Discrete and count from 0, or a flat Box, not {actions}."
+    require(fits, rule)
     register_env(args.env_id, make_env)
     layers = {"fcnet_hiddens": [64, 64], "fcnet_activation": "tanh"}
     model = DefaultModelConfig(**layers, free_log_std=continuous, vf_share_layers=False)
@@ -308,6 +383,7 @@ def make_config(args: Args) -> APPOConfig:
         entropy_coeff=args.ent_coef,
         vf_loss_coeff=args.vf_coef,
     )
+    config.callbacks(on_sample_end=report_broken)
     config.rl_module(model_config=model)
     config.reporting(min_time_s_per_iteration=args.iteration_seconds)
     return config.debugging(seed=args.seed, log_level="ERROR")
@@ -319,17 +395,26 @@ def read_args() -> Args:
     folder = args.resume
     if not folder:
         return args
-    try:
-        saved = Args(**json.loads((folder / ARGS).read_text()), resume=folder)
-        require(any(folder.glob(CHECKPOINT)), "no checkpoint yet")
-    except (OSError, TypeError, ValueError) as error:
-        raise BadInput(f"--resume {folder}: give the folder of a run with a checkpoint ({error}).") from None
+    with one_sentence(f"--resume {folder}: give the folder of a run with a checkpoint"):
+        # runs of the first edition had no such term
+        saved = Args(**({"kl_coef": 0.0} | json.loads((folder / ARGS).read_text())), resume=folder)
+        step = step_of(newest_checkpoint(folder))
     args = tyro.cli(Args, default=saved)
     fields = [field.name for field in dataclasses.fields(Args)]
     for name in ("env_id", *fields[fields.index("seed") :]):
         rule = f"--{name.replace('_', '-')}: {folder} was run with {getattr(saved, name)}; leave the flag out."
         require(getattr(args, name) == getattr(saved, name), rule)
+    rule = f"--total-timesteps {args.total_timesteps}: {folder} has {step} steps already; give more."
+    require(args.total_timesteps > step, rule)
     return args
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-")[-1])
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    return max(folder.glob(CHECKPOINT), key=step_of)
 
 
 def save(algorithm, folder: Path, step: int):
@@ -338,12 +423,13 @@ def save(algorithm, folder: Path, step: int):
     if named.exists():
         return  # no step came since
     new = folder / "saving"
-    shutil.rmtree(new, ignore_errors=True)
-    algorithm.save_to_path(str(new.absolute()))
-    older = list(folder.glob(CHECKPOINT))
-    new.rename(named)
-    for path in older:
-        shutil.rmtree(path)
+    with one_sentence(f"{folder} keeps its last checkpoint, because the new one cannot be written", code=1):
+        shutil.rmtree(new, ignore_errors=True)
+        algorithm.save_to_path(str(new.absolute()))
+        older = list(folder.glob(CHECKPOINT))
+        new.rename(named)
+        for path in older:
+            shutil.rmtree(path)
 
 
 def scalars_of(result: dict) -> dict[str, float]:
@@ -361,6 +447,13 @@ def scalars_of(result: dict) -> dict[str, float]:
     return {tag: float(value) for tag, value in scalars.items() if value is not None and math.isfinite(value)}
 
 
+def not_finite(result: dict, weights: dict) -> list[str]:
+    """Names of what was not finite in an iteration."""
+    counts = result["env_runners"] | result.get("learners", {}).get("default_policy", {})
+    names = [name for name in ("observations", "rewards", "losses") if counts.get(f"not_finite/{name}", 0) > 0]
+    return names + ["weights"] * (not all(np.isfinite(w).all() for w in weights.values()))
+
+
 def main(args: Args, config: APPOConfig):
     if not args.env_id.startswith("ALE/"):
         torch.set_num_threads(1)  # for networks this small threads only wait for each other, and actors need the cores
@@ -370,33 +463,47 @@ def main(args: Args, config: APPOConfig):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C aborts at once
         stops.append(signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop_after_iteration)
-    try:
+    # as under nohup; what Ray starts inherits it, for a terminal that closes sends this signal to all of them
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with one_sentence(f"--address {args.address}"):
         ray.init(address=args.address, include_dashboard=None if args.address else False, log_to_driver=False)
-    except ConnectionError as error:
-        raise BadInput(f"--address {args.address}: {error}") from None
-    algorithm = config.build_algo()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # now, because Ray sets handlers of its own
+        if signum != signal.SIGHUP or handler != signal.SIG_IGN:
+            signal.signal(signum, stop_after_iteration)
+    with one_sentence("RLlib cannot start", code=1):
+        algorithm = config.build_algo()
     if args.resume:
-        newest = max(args.resume.glob(CHECKPOINT), key=lambda path: int(path.name.rsplit("-")[-1]))
-        algorithm.restore_from_path(str(newest.absolute()))
-    run_name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{time.time_ns()}"
-    folder = args.resume or Path("runs", run_name)
-    folder.mkdir(parents=True, exist_ok=True)
+        with one_sentence(f"--resume {args.resume}: its checkpoint cannot be read"):
+            algorithm.restore_from_path(str(newest_checkpoint(args.resume).absolute()))
+    # in nanoseconds, because runs that start together must not share a folder
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
+    folder = args.resume or Path("runs", re.sub(r"[^A-Za-z0-9_.-]", "-", run_name))
+    with one_sentence(f"{folder} cannot be written", code=1):
+        folder.mkdir(parents=True, exist_ok=True)
     saved = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("resume", "address")}
     (folder / ARGS).write_text(json.dumps(saved, indent=1))
     writer = SummaryWriter(str(folder))
     if not args.resume:
+        save(algorithm, folder, 0)  # so that there is one, however early the run stops
         table = "\n".join(f"|{name}|{value}|" for name, value in saved.items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     print(f"{folder}: waits for {args.num_env_runners} actors, each of which takes one core", flush=True)
 
-    step, restarts, first = 0, 0, None
+    step, restarts, restarts_before, first = 0, 0, 0, None
     for iteration in itertools.count(1):
         result = algorithm.train()
-        if not result["num_env_steps_sampled_lifetime"] and not stops:
+        if result["fault_tolerance"]["num_remote_worker_restarts"] > restarts:
+            restarts = int(result["fault_tolerance"]["num_remote_worker_restarts"])
+            print(f"an actor died and was started again; {restarts} restarts so far", flush=True)
+        sampled = int(result["num_env_steps_sampled_lifetime"])
+        if sampled > step:
+            restarts_before = restarts
+        in_vain = restarts - restarts_before
+        rule = f"the actors died {in_vain} times without a step between; does {args.env_id} work without RLlib?"
+        require(in_vain <= RESTARTS * args.num_env_runners, rule, 1)
+        if not sampled and not stops:
             continue  # the actors are still starting
-        step = int(result["num_env_steps_sampled_lifetime"])
+        step = sampled
         first = first or (step, time.time())
         scalars = scalars_of(result)
         if step > first[0]:
@@ -405,15 +512,13 @@ def main(args: Args, config: APPOConfig):
             writer.add_scalar(tag, value, step)
         shown = (f"{tag.split('/')[1]} {scalars[tag]:.3g}" for tag in SHOWN if tag in scalars)
         print(f"step {step}: {', '.join(shown)}", flush=True)
-        if scalars.get("charts/actor_restarts", 0) > restarts:
-            restarts = scalars["charts/actor_restarts"]
-            print(f"an actor died and was started again; {restarts:.0f} restarts so far", flush=True)
+        broken = not_finite(result, algorithm.learner_group.get_weights()["default_policy"])
+        rule = (
+            f"{' and '.join(broken)} not finite by step {step}; the run stops, and {folder} keeps its last checkpoint."
+        )
+        require(not broken, rule, 1)
         last = stops or step >= args.total_timesteps
         if last or iteration % args.checkpoint_interval == 0:
-            weights = algorithm.learner_group.get_weights()["default_policy"]
-            if not all(np.isfinite(w).all() for w in weights.values()):
-                print(f"error: the run stops, {folder} keeps its last checkpoint: weight not finite", file=sys.stderr)
-                sys.exit(1)
             save(algorithm, folder, step)
         if last:
             break
@@ -426,9 +531,10 @@ def main(args: Args, config: APPOConfig):
 
 
 if __name__ == "__main__":
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed by `2>&-`
     try:
         args = read_args()
         main(args, make_config(args))
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print("error:", *str(error).split(), file=sys.stderr)
+        sys.exit(error.code)

@@ -425,7 +425,7 @@ def make_atari_envs(args, num_envs, seed, **render):
     gym.register_envs(ale_py)
     if "ALE/" in args.env_id:
         protocol = {"num_envs": num_envs, "repeat_action_probability": args.sticky_actions, "noop_max": 30}
-        protocol |= {"use_fire_reset": True, "max_num_frames_per_episode": 108_000}
+        protocol |= {"use_fire_reset": True, "max_num_frames_per_episode": 108_000, "episodic_life": False}
         protocol["reward_clipping"] = False  # the agent clips, so that logged returns are true scores
         envs = gym.make_vec(args.env_id, img_height=84, img_width=84, grayscale=True, stack_num=4, **protocol)
         if render:
