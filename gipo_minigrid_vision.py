@@ -1,15 +1,16 @@
-"""GIPO on MiniGrid vision: PPO with a Gaussian weight in the place of its clip, so that old data still teaches.
+"""GIPO on MiniGrid vision: PPO with a Gaussian weight instead of its clip, so that old data still teaches.
 
     loss = -mean(w * r * A) + kl_coef * KL(mu || pi),  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2))
 
 mu is the policy that collected the sample. The KL term pulls pi back towards mu; it is estimated by mean(-log r).
-No gradient flows through w. A KL term is part of the authors' released method. (Lu et al. 2026, arXiv:2603.03955)
+No gradient flows through w. The authors' released method has a KL term too. (Lu et al. 2026, arXiv:2603.03955)
 
     python gipo_minigrid_vision.py --buffer-epochs 8      # learn from the last 8 rollouts; --help explains every flag
     python gipo_minigrid_vision.py --resume runs/RUN      # go on; or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
-`diff ppo_baseline.py gipo_atari.py` shows the method. From `__main__` down all four scripts are identical.
+`diff ppo_baseline.py gipo_atari.py` shows the method, and so do those with gipo_continuous.py and
+gipo_minigrid_vision.py. From `__main__` down all four scripts are identical.
 """
 
 # /// script
@@ -91,14 +92,14 @@ def gradient_step(agent, optimizer, minibatch, args):
 
 
 def diagnostics(logratio, coef):
-    """How far the policy is from those that collected samples (B,), and how many still teach; all scalars."""
-    ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88)
+    """Distance of the policy from those that collected the samples (B,), and how many of these still teach; scalars."""
+    ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88), and an outlier would swamp the mean
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could overflow
     return {
         "losses/kl": -logratio.mean(),
         "losses/approx_kl": (ratio - 1 - logratio).mean(),
         "losses/clipfrac": ((ratio - 1).abs() > 0.2).float().mean(),
-        # torch.quantile takes 2**24 samples at most
+        # kthvalue, because torch.quantile takes 2**24 samples at most
         "offpolicy/abs_logratio_p95": logratio.abs().kthvalue(math.ceil(0.95 * len(logratio))).values,
         "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
         "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
@@ -112,7 +113,7 @@ class Args:
     env_id: str = "MiniGrid-Fetch-5x5-N2-v0"
     """environment id, or module:id for one that an importable module of yours registers"""
     total_timesteps: int = 150_000
-    """environment steps in all, summed over the parallel environments (100000 to 10000000)"""
+    """environment steps, at most, summed over the parallel environments (100000 to 10000000)"""
     seed: int = 1
     """seed of torch and of the environments"""
     exp_name: str = Path(__file__).stem
@@ -122,19 +123,19 @@ class Args:
     compile: bool = False
     """torch.compile the whole gradient step: a slower start, then faster updates of small networks"""
     track: bool = False
-    """log to Weights and Biases as well; its environment variables hold: WANDB_PROJECT, WANDB_MODE, ..."""
+    """log to Weights and Biases too; set WANDB_PROJECT, WANDB_MODE, ... in the environment"""
 
     checkpoint_interval: int = 50
     """iterations between checkpoints, each of which replaces the last (10 to 500)"""
     resume: Path | None = None
-    """go on with the run in this folder; its flags hold, except those given anew; with more --total-timesteps an
-    annealed learning rate jumps up to that of the longer run"""
+    """go on with the run in this folder and its flags; flags given now replace them; environments start anew; more
+    --total-timesteps make an annealed learning rate jump up to that of the longer run"""
     evaluate: Path | None = None
     """do not train, but play --eval-episodes with the agent of the run in this folder"""
     eval_episodes: int = 10
-    """full episodes to play with the trained agent, on environments of their own seeds (10 to 100); 0 plays none"""
+    """full episodes to play with the trained agent, on seeds that training does not use (10 to 100); 0 plays none"""
     capture_video: bool = False
-    """play a single episode instead, and record it as an mp4 in the run's folder"""
+    """evaluate on one episode only, and record it as an mp4 in the run's folder"""
 
     num_envs: int = 16
     """parallel environments N (4 to 64)"""
@@ -149,11 +150,11 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of generalized advantage estimation (0.9 to 1)"""
     update_epochs: int = 4
-    """update epochs per iteration, each of which draws its minibatches from the whole replay buffer (1 to 10)"""
+    """update epochs per iteration; each draws --num-minibatches minibatches from the whole buffer (1 to 10)"""
     num_minibatches: int = 4
     """minibatches per update epoch, one gradient step each (1 to 32)"""
     minibatch_size: int | None = None
-    """transitions per minibatch (64 to 4096); None splits one rollout evenly, T x N / minibatches"""
+    """transitions per minibatch (64 to 4096); None splits one rollout evenly: T x N / --num-minibatches"""
     norm_adv: bool = True
     """normalize the advantages of each minibatch to mean 0 and standard deviation 1"""
     ent_coef: float = 0.03
@@ -164,24 +165,24 @@ class Args:
     """largest norm of the gradient; a longer one is scaled down to it (0.5 to 10)"""
 
     buffer_epochs: int = 1
-    """rollouts K that the replay buffer keeps; 1 is PPO's on-policy storage, more is staler data (1 to 64)"""
+    """rollouts K that the replay buffer keeps; 1 is PPO's on-policy storage, more reuses older data (1 to 64)"""
     policy_lag: int = 0
     """act with the policy from L iterations ago (0 to 16)"""
     freeze_buffer_at: int | None = None
-    """stop filling the buffer at this environment step; None never stops"""
+    """stop filling the buffer at this environment step; None: never"""
     advantage_source: Literal["vtrace", "recompute", "stored"] = "vtrace"
     """recompute advantages with the current critic in each iteration, or keep those stored at collection; vtrace
     recomputes them and also corrects for how the policy has changed since"""
 
     sigma: float = 0.5
-    """width of the Gaussian weight, in units of the joint log-ratio; smaller trusts old data less (0.2 to 2)"""
+    """width of the weight, in log-ratio units summed over action dimensions; smaller trusts old data less (0.2 to 2)"""
     sigma_neg: float | None = None
-    """width where the advantage is not positive; None is the same as sigma (0.1 to 2)"""
+    """width where the advantage is not positive; None: the same as sigma (0.1 to 2)"""
     kl_coef: float = 0.1
     """weight of KL(mu || pi), a pull back to the policy that collected the data (0 to 0.3)"""
 
 
-# smallest and largest value of each flag
+# smallest and largest value of the numeric flags
 RANGES = (
     (0, 2e9, "seed"),
     (0, 1, "gamma gae_lambda"),
@@ -190,7 +191,7 @@ RANGES = (
     (2, 1e9, "num_steps minibatch_size"),
     (1e-9, 1, "learning_rate"),
     (1e-9, 1e9, "max_grad_norm"),
-    (1e-9, 1e9, "sigma sigma_neg"),
+    (1e-9, 10, "sigma sigma_neg"),
 )
 EVAL_STEPS = 30_000  # per episode of the evaluation; a game of the ALE has at most 27,000
 
@@ -214,7 +215,7 @@ class ReplayBuffer(nn.Module):
         for name, array in ({"obs": obs, "actions": actions} | numbers | marks).items():
             example = torch.as_tensor(array, device=device)
             self.register_buffer(name, example.new_zeros(args.buffer_epochs, args.num_steps + 1, *example.shape))
-        self.versions = nn.Buffer(torch.full((args.buffer_epochs,), -1))  # of the policy that acted; -1: no rollout yet
+        self.versions = nn.Buffer(torch.full((args.buffer_epochs,), -1))  # on the CPU; of the policy that acted, or -1
 
     def rows(self, *names):
         """Views of these fields with one row for each transition."""
@@ -230,9 +231,9 @@ class ReplayBuffer(nn.Module):
 def compute_gae(rewards, values, ratios, terminated, dones, gamma, gae_lambda):
     """Advantages (Schulman et al. 2016) and value targets, (..., T, N), corrected by V-trace (Espeholt et al. 2018).
 
-    rewards, terminated and dones are (..., T, N), values and ratios (..., T + 1, N). Ratios of 1 give plain GAE.
-    A terminated step is worth its reward alone. A time limit ends the sum as well, but bootstraps from the value of the
-    row below it, the final observation.
+    rewards, terminated and dones are (..., T, N), values and ratios = min(1, pi / mu) are (..., T + 1, N).
+    Ratios of 1 give plain GAE. A terminated step is worth its reward alone. A truncated step also ends the sum, but
+    bootstraps from the next row, which holds the final observation.
     """
     delta = rewards + gamma * values[..., 1:, :] * ~terminated - values[..., :-1, :]
     decay = gamma * gae_lambda * ~dones * ratios[..., 1:, :]
@@ -247,12 +248,12 @@ def compute_gae(rewards, values, ratios, terminated, dones, gamma, gae_lambda):
 @torch.no_grad()
 def refresh_advantages(buffer, slots, iteration, agent, args):
     """Advantages and value targets of the rollouts in these slots, by the current critic and, for V-trace, policy."""
-    obs, actions, logprobs, values = buffer.rows("obs", "actions", "logprobs", "values")
+    obs, actions, logprobs, values = buffer.rows("obs", "actions", "logprobs", "values")  # views: values are written
     ratios = torch.ones_like(buffer.values)
-    rows = torch.arange(len(values), device=values.device).view_as(buffer.values)
+    index = torch.arange(len(values), device=values.device).view_as(buffer.values)
     fresh = buffer.versions[slots] == iteration
     # A fresh rollout was valued while acting, with the same weights; only its final observation is missing.
-    rows = torch.cat([rows[slots[~fresh]].flatten(), rows[slots[fresh], -1].flatten()])
+    rows = torch.cat([index[slots[~fresh]].flatten(), index[slots[fresh], -1].flatten()])
     for chunk in rows.split(max(256, 16_384 // obs[0].numel())):  # fits a CPU's cache
         _, logprob, _, values[chunk] = agent.get_action_and_value(obs[chunk], actions[chunk])
         if args.advantage_source == "vtrace":
@@ -272,21 +273,21 @@ def require(condition, message, code=2):
 
 
 @contextlib.contextmanager
-def one_sentence(what, code=2):
+def exit_on_error(what, code=2):
     """Exit with one sentence, and without a traceback, if something fails; each library fails in its own way."""
     try:
         yield
     except Exception as error:
-        require(False, f"{what}: {' '.join(str(error).split())} ({type(error).__name__}).", code)
+        require(False, f"{what}: {' '.join(str(error).split())[:300]} ({type(error).__name__}).", code)
 
 
 def save_checkpoint(folder, iteration, args, parts):
-    """Save all that `iteration` starts from; renamed into place, so that no crash leaves half a file."""
+    """Save all but the environments; a rename puts it in place, so that no crash leaves half a file."""
     checkpoint = {name: part.state_dict() for name, part in parts.items()}
     checkpoint["args"] = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     checkpoint["iteration"] = iteration
     checkpoint["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-    with one_sentence(f"{folder} keeps its last checkpoint, because the new one cannot be written", code=1):
+    with exit_on_error(f"{folder} keeps its last checkpoint, because the new one cannot be written", code=1):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "checkpoint.tmp").open("wb") as file:
             torch.save(checkpoint, file)
@@ -295,13 +296,15 @@ def save_checkpoint(folder, iteration, args, parts):
 
 
 def stream_seed(seed, part):
-    """Seed of the first environment, far from that of any other run and any other part of this one."""
-    return int(np.random.SeedSequence([seed, part]).generate_state(1)[0]) // 4  # ALE takes 31 bits
+    """Seed of the first environment. `part` is the first iteration of a session, or 10**9 for the evaluation."""
+    return (
+        int(np.random.SeedSequence([seed, part]).generate_state(1)[0]) // 4
+    )  # 30 bits, because seed + i must fit ALE's 31
 
 
 def start_envs(make_envs, args, num_envs, seed, **render):
     """Make and reset environments of the seeds `seed`, `seed` + 1, ..."""
-    with one_sentence("--capture-video" if render else f"--env-id {args.env_id}"):
+    with exit_on_error("--capture-video" if render else f"--env-id {args.env_id}"):
         envs = make_envs(args, num_envs, seed, **render)
         obs, _ = envs.reset(seed=seed)
         require(not render or np.ndim(envs.render()[0]) == 3, f"--capture-video: {args.env_id} draws no picture.")
@@ -317,7 +320,7 @@ class Episodes:
 
     def step(self, rewards, valid, dones, infos):
         """Count a step of all environments, (N,) each; `ended` takes the episodes that are done with it."""
-        self.running[:2] += rewards * valid, valid
+        self.running[:2] += (rewards * valid, valid)
         for i in np.flatnonzero(infos.get("_success", False) & valid):
             if isinstance(infos["success"][i], (int, float, np.bool_, np.number)):
                 self.running[2, i] = np.fmax(self.running[2, i], infos["success"][i] > 0)
@@ -327,14 +330,14 @@ class Episodes:
     def means(self, prefix):
         """Means over the episodes that ended, by tag."""
         columns = zip(("episodic_return", "episodic_length", "success_rate"), zip(*self.ended))
-        return {prefix + name: float(np.mean(column)) for name, column in columns if not np.isnan(column[0])}
+        return {prefix + name: np.nan_to_num(x).mean().item() for name, x in columns if not np.isnan(x).all()}
 
 
 @torch.no_grad()
 def evaluate(make_envs, agent, args, device, video_path):
     """Play one full episode in each of some environments that training has not seen; prints and returns the means.
 
-    Not the first episodes that end in fewer environments, which would over-represent short ones.
+    Actions are sampled. Taking the first episodes that end in fewer environments would over-represent short ones.
     """
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     num_envs = 1 if args.capture_video else args.eval_episodes
@@ -487,11 +490,11 @@ DOMAINS = {
 
 def read_args():
     """The flags and, with --resume or --evaluate, the checkpoint, whose flags hold unless they are given anew."""
-    Flags = Union[tuple(DOMAINS)]  # noqa: UP007 (the classes are known only here)
+    Flags = Union[tuple(DOMAINS)]  # noqa: UP007 (one class here, three in the baseline)
     args, checkpoint = tyro.cli(Flags, description=__doc__), {"iteration": 0}
     folder = args.evaluate or args.resume
     if folder:
-        with one_sentence(f"{folder} has no checkpoint of this script and edition"):
+        with exit_on_error(f"{folder} has no checkpoint of this script and edition"):
             damaged = zipfile.ZipFile(folder / "checkpoint.pt").testzip()  # torch.load does not notice flipped bits
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             require(not damaged, f"{folder / 'checkpoint.pt'} is damaged.")
@@ -506,20 +509,20 @@ def read_args():
             )
     rollout = args.num_steps * args.num_envs
     least = rollout if args.evaluate else (checkpoint["iteration"] + 1) * rollout
-    even = args.minibatch_size or (rollout % args.num_minibatches == 0 and rollout > args.num_minibatches)
+    fits = args.minibatch_size or (rollout % args.num_minibatches == 0 and rollout > args.num_minibatches)
     require(least <= args.total_timesteps, f"--total-timesteps {args.total_timesteps}: give at least {least}.")
-    require(even, f"--num-minibatches {args.num_minibatches}: give a divisor of one rollout, {rollout}, and less.")
+    require(fits, f"--num-minibatches {args.num_minibatches}: give a smaller divisor of one rollout, {rollout}.")
     require(args.eval_episodes or not (args.evaluate or args.capture_video), "--eval-episodes 0: give 1 or more.")
     return args, checkpoint
 
 
 if __name__ == "__main__":
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed by `2>&-`
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # it is None after `2>&-`
     args, checkpoint = read_args()
     make_envs, Agent = DOMAINS[type(args)]
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True  # one seed, one result on a GPU too
-    with one_sentence(f"--device {args.device}"):
+    with exit_on_error(f"--device {args.device}"):
         device = torch.zeros(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     batch_size = args.num_steps * args.num_envs
     minibatch_size = args.minibatch_size or batch_size // args.num_minibatches
@@ -530,16 +533,16 @@ if __name__ == "__main__":
     seed = stream_seed(args.seed, first_iteration)
     envs, obs = start_envs(make_envs, args, args.num_envs, seed)
     agent = Agent(envs, args).to(device)
-    lr = torch.tensor(args.learning_rate)  # --compile would compile a number in
-    optimizer = torch.optim.Adam(agent.parameters(), lr, eps=1e-5, fused=not args.compile)
+    # a tensor, because --compile would bake in a number
+    optimizer = torch.optim.Adam(agent.parameters(), torch.tensor(args.learning_rate), eps=1e-5, fused=not args.compile)
     buffer = ReplayBuffer(obs, envs.action_space.sample(), args, device)
-    actors = nn.ModuleList(copy.deepcopy(agent) for _ in range(args.policy_lag + 1))  # its last versions, in a ring
+    actors = nn.ModuleList(copy.deepcopy(agent) for _ in range(args.policy_lag + 1))  # version v is at v % (L + 1)
     parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer, "actors": actors}
     resumed = args.evaluate or args.resume
     if resumed:
-        with one_sentence(f"the checkpoint of {resumed} does not fit these flags"):
+        with exit_on_error(f"the checkpoint of {resumed} does not fit these flags"):
             for name, part in parts.items():
-                part.load_state_dict(checkpoint[name])
+                part.load_state_dict(checkpoint.pop(name))
             torch.set_rng_state(checkpoint["rng"][0])
             torch.cuda.set_rng_state_all(checkpoint["rng"][1:][: torch.cuda.device_count()])
 
@@ -566,12 +569,12 @@ if __name__ == "__main__":
         torch._dynamo.config.trace_autograd_ops = True
     stops = []  # signals that came; the run stops at the end of the iteration
     handlers = {
-        s: signal.signal(s, lambda s, _: stops.append(s))
+        s: signal.signal(s, lambda signum, _: stops.append(signum))
         for s in signal.Signals
         if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(s) != signal.SIG_IGN  # as SIGHUP under nohup
     }
 
-    next_obs = torch.as_tensor(envs.reset(seed=seed)[0], device=device)
+    next_obs = torch.as_tensor(envs.reset(seed=seed)[0], device=device)  # again: the agent may have taken random steps
     next_valid = np.ones(args.num_envs, bool)
     episodes = Episodes(args.num_envs)
     start_time = time.time()
@@ -597,7 +600,7 @@ if __name__ == "__main__":
             next_valid = ~(terminations | truncations)
             episodes.step(reward, valid, ~next_valid, infos)
             if not frozen:
-                # a lost life ends the return like a death, but the game goes on: no autoreset follows
+                # in Atari a lost life ends the return like a death, but the game goes on: no autoreset follows
                 terminated = terminations | infos.get("life_lost", False)
                 row = {"obs": obs, "actions": action, "logprobs": logprob, "values": value, "rewards": reward}
                 row |= {"terminated": terminated, "dones": terminated | truncations, "valid": valid}
@@ -612,7 +615,7 @@ if __name__ == "__main__":
         slots = (buffer.versions >= 0).nonzero().squeeze(1)
         ages = iteration - buffer.versions[slots].float()
         if args.advantage_source == "stored":
-            slots = slots[:0] if frozen else slots[slots == slot]
+            slots = slots[(slots == slot) & (not frozen)]
         refresh_advantages(buffer, slots, iteration, agent, args)
 
         # Update
@@ -644,7 +647,7 @@ if __name__ == "__main__":
             writer.flush()  # before the checkpoint, which must not be ahead of the log
             save_checkpoint(folder, iteration + 1, args, parts)
         if stops:
-            print(f"stopped after step {global_step}; go on with --resume {folder}")
+            print(f"stopped after step {global_step}; --resume {folder} goes on if steps are left")
             sys.exit(128 + stops[0])
 
     for signum, handler in handlers.items():
