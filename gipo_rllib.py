@@ -52,7 +52,6 @@ from tensorboardX import SummaryWriter
 
 CHECKPOINT = "checkpoint-*"  # in the run's folder, with the step, as is ARGS
 ARGS = "args.json"
-RESTARTS = 10  # of each actor, without a single step between, that show that more of them are in vain
 SHOWN = ("charts/episodic_return", "offpolicy/age_mean", "offpolicy/abs_logratio_p95", "charts/SPS")
 
 
@@ -165,6 +164,7 @@ def one_sentence(what: str, code: int = 2):
     except BadInput:
         raise
     except Exception as error:
+        error = error.__cause__ or error
         raise BadInput(f"{what}: {error} ({type(error).__name__}).", code) from None
 
 
@@ -181,14 +181,14 @@ def policy_loss(logratio, advantages, args):
 
 
 def diagnostics(logratio, coef):
-    """How far the policy is from those that collected samples (B,), and how many still teach; all scalars."""
-    ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88)
+    """Distance of the policy from those that collected the samples (B,), and how many of these still teach; scalars."""
+    ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88), and an outlier would swamp the mean
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could overflow
     return {
         "losses/kl": -logratio.mean(),
         "losses/approx_kl": (ratio - 1 - logratio).mean(),
         "losses/clipfrac": ((ratio - 1).abs() > 0.2).float().mean(),
-        # torch.quantile takes 2**24 samples at most
+        # kthvalue, because torch.quantile takes 2**24 samples at most
         "offpolicy/abs_logratio_p95": logratio.abs().kthvalue(math.ceil(0.95 * len(logratio))).values,
         "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
         "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
@@ -361,6 +361,7 @@ def make_config(args: Args) -> APPOConfig:
     config = APPOConfig().environment(args.env_id, normalize_actions=False, clip_actions=True)
     config.env_runners(
         num_env_runners=args.num_env_runners,
+        create_env_on_local_worker=True,  # plays while no actor lives, and says what is wrong with the environment
         num_envs_per_env_runner=args.num_envs,
         rollout_fragment_length=args.num_steps,
         env_to_module_connector=lambda *_, **__: prepare(),
@@ -383,6 +384,7 @@ def make_config(args: Args) -> APPOConfig:
         entropy_coeff=args.ent_coef,
         vf_loss_coeff=args.vf_coef,
     )
+    config.fault_tolerance(delay_between_env_runner_restarts_s=1)  # not a minute
     config.callbacks(on_sample_end=report_broken)
     config.rl_module(model_config=model)
     config.reporting(min_time_s_per_iteration=args.iteration_seconds)
@@ -489,21 +491,16 @@ def main(args: Args, config: APPOConfig):
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     print(f"{folder}: waits for {args.num_env_runners} actors, each of which takes one core", flush=True)
 
-    step, restarts, restarts_before, first = 0, 0, 0, None
+    step, restarts, first = 0, 0, None
     for iteration in itertools.count(1):
-        result = algorithm.train()
+        with one_sentence(f"RLlib failed, and {folder} keeps its last checkpoint", code=1):
+            result = algorithm.train()
         if result["fault_tolerance"]["num_remote_worker_restarts"] > restarts:
             restarts = int(result["fault_tolerance"]["num_remote_worker_restarts"])
             print(f"an actor died and was started again; {restarts} restarts so far", flush=True)
-        sampled = int(result["num_env_steps_sampled_lifetime"])
-        if sampled > step:
-            restarts_before = restarts
-        in_vain = restarts - restarts_before
-        rule = f"the actors died {in_vain} times without a step between; does {args.env_id} work without RLlib?"
-        require(in_vain <= RESTARTS * args.num_env_runners, rule, 1)
-        if not sampled and not stops:
+        if not result["num_env_steps_sampled_lifetime"] and not stops:
             continue  # the actors are still starting
-        step = sampled
+        step = int(result["num_env_steps_sampled_lifetime"])
         first = first or (step, time.time())
         scalars = scalars_of(result)
         if step > first[0]:

@@ -5,18 +5,22 @@ Needs the environment of requirements-rllib.txt, and is skipped elsewhere.
 # ruff: noqa: E402 (what follows the skip needs Ray)
 
 import ast
+import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ray = pytest.importorskip("ray", reason="needs the environment of requirements-rllib.txt")
 
 import gymnasium as gym
+import numpy as np
 import psutil
 import torch
 from ray.rllib.algorithms.appo.torch.appo_torch_learner import APPOTorchLearner
@@ -33,7 +37,7 @@ def scripts_policy_loss(name: str):
     """The function as a script ships it, without the script's imports."""
     body = ast.parse((ROOT / f"{name}.py").read_text()).body
     (node,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == "policy_loss")
-    space = {"torch": torch, "Args": object}
+    space = {"torch": torch}
     exec(compile(ast.Module([node], []), name, "exec"), space)
     return space["policy_loss"]
 
@@ -85,7 +89,7 @@ def env_id(request):
 
 
 def test_loss_and_gradients_are_those_of_the_scripts(env_id):
-    args, config, learner = make_learner(env_id, sigma=0.4, sigma_neg=0.2, vf_coef=0.0)
+    args, config, learner = make_learner(env_id, sigma=0.4, sigma_neg=0.2, kl_coef=0.0, vf_coef=0.0)
     batch, module = recorded(learner), learner.module[MODULE].unwrapped()
     found = loss_of(learner, config, batch)
     own = gradients(found, learner.module[MODULE])
@@ -134,6 +138,94 @@ def test_clip_is_appo_s_own_loss(env_id):
     torch.testing.assert_close(own, theirs, atol=1e-6, rtol=1e-5)
     module = learner.module[MODULE]
     torch.testing.assert_close(gradients(own, module), gradients(theirs, module), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("surrogate", ["gipo", "clip"])
+def test_the_kl_term_is_minus_the_mean_log_ratio_of_the_samples(surrogate):
+    found = {}
+    for kl_coef in (0.0, 0.3):
+        _, config, learner = make_learner("CartPole-v1", surrogate=surrogate, kl_coef=kl_coef)
+        batch = recorded(learner)
+        found[kl_coef] = loss_of(learner, config, batch)
+    logratio = (batch["logp"] - batch[Columns.ACTION_LOGP])[batch[Columns.LOSS_MASK]]
+    assert abs(logratio.mean()) > 0.01
+    torch.testing.assert_close(found[0.3] - found[0.0], -0.3 * logratio.mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_kl_term_is_gipo_s_alone_unless_it_is_asked_for():
+    kl_coef = {surrogate: gipo_rllib.Args(surrogate=surrogate).kl_coef for surrogate in ("gipo", "clip")}
+    assert kl_coef == {"gipo": 0.1, "clip": 0.0}
+    assert gipo_rllib.Args(surrogate="clip", kl_coef=0.2).kl_coef == 0.2
+    for value in (-0.1, math.inf, math.nan):
+        with pytest.raises(gipo_rllib.BadInput, match="--kl-coef"):
+            gipo_rllib.Args(kl_coef=value)
+
+
+def resume(monkeypatch, folder, *flags):
+    monkeypatch.setattr(sys, "argv", ["gipo_rllib.py", "--resume", str(folder), *map(str, flags)])
+    return gipo_rllib.read_args()
+
+
+def test_what_cannot_be_resumed_is_refused(monkeypatch, tmp_path):
+    saved = {name: value for name, value in vars(gipo_rllib.Args()).items() if name not in ("resume", "address")}
+    (tmp_path / "args.json").write_text(json.dumps(saved | {"total_timesteps": 500}))
+    with pytest.raises(gipo_rllib.BadInput, match="folder of a run with a checkpoint"):
+        resume(monkeypatch, tmp_path)
+    (tmp_path / "checkpoint-500").mkdir()
+    for flags in ([], ["--total-timesteps", 400]):
+        with pytest.raises(gipo_rllib.BadInput, match="has 500 steps already"):
+            resume(monkeypatch, tmp_path, *flags)
+    assert resume(monkeypatch, tmp_path, "--total-timesteps", 501).kl_coef == 0.1
+    del saved["kl_coef"]  # a run of the first edition
+    (tmp_path / "args.json").write_text(json.dumps(saved))
+    assert resume(monkeypatch, tmp_path).kl_coef == 0
+
+
+@pytest.mark.parametrize(
+    ("env_id", "words"),
+    [
+        ("rllib_probes:From5-v0", "count from 0"),
+        ("rllib_probes:Bits-v0", "or a flat Box"),
+        ("./my.py:Id", "--env-id ./my.py:Id"),
+        (".my:Id", "--env-id .my:Id"),
+        ("FrozenLake-v1", "observations must be a flat Box"),
+        ("nomodule:X-v0", "nomodule"),
+        ("rllib_probes:No-v0", "--env-id rllib_probes:No-v0"),
+    ],
+)
+def test_an_environment_that_does_not_fit_is_refused(env_id, words):
+    with pytest.raises(gipo_rllib.BadInput, match=re.escape(words)):
+        gipo_rllib.make_config(gipo_rllib.Args(env_id=env_id))
+
+
+@pytest.mark.parametrize(("name", "broken"), [("NanObservation", "observations"), ("NanReward", "rewards")])
+def test_what_is_not_finite_is_noted_and_goes_no_further(name, broken):
+    envs = gym.vector.SyncVectorEnv([lambda: gipo_rllib.Finite(gym.make(f"rllib_probes:{name}-v0"))])
+    envs.reset(seed=1)
+    for step in range(40):
+        assert bool(envs.get_attr("broken")[0]) == (step >= 27)  # its 25th step, for two were resets
+        obs, rewards, *_ = envs.step(envs.action_space.sample())
+        assert np.isfinite(obs).all() and np.isfinite(rewards).all()
+    logged = {}
+    actor = SimpleNamespace(env=envs)
+    logger = SimpleNamespace(log_value=lambda name, value, reduce: logged.update({name: value}))
+    gipo_rllib.report_broken(actor, logger)
+    weights = {"layer": np.ones(2)}
+    assert gipo_rllib.not_finite({"env_runners": logged}, weights) == [broken]
+    nan = {f"not_finite/{name}": math.nan for name in ("observations", "rewards")}  # RLlib's word for none reported
+    assert gipo_rllib.not_finite({"env_runners": nan}, weights) == []
+    assert gipo_rllib.not_finite({"env_runners": nan}, {"layer": np.array([1, np.inf])}) == ["weights"]
+
+
+def test_a_loss_that_is_not_finite_stays_noted(monkeypatch):
+    _, config, learner = make_learner("CartPole-v1")
+    logged = []
+    monkeypatch.setattr(learner.metrics, "log_value", lambda key, value, **_: logged.append((key[-1], float(value))))
+    for first_reward in (1.0, math.inf, 1.0):
+        batch = recorded(learner)
+        batch[Columns.REWARDS][0] = first_reward
+        loss_of(learner, config, batch)
+    assert [value for key, value in logged if key == "not_finite/losses"] == [0, 1, 1]
 
 
 def test_a_rollout_that_is_cut_off_is_bootstrapped(monkeypatch):
@@ -195,10 +287,11 @@ def test_clip_s_coefficient_is_what_autograd_finds():
     assert 0.1 < (coef == 0).float().mean() < 0.9
 
 
-def start(folder: Path, *flags) -> subprocess.Popen:
+def start(folder: Path, *flags, stderr=subprocess.STDOUT, **settings) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "gipo_rllib.py"), *map(str, flags)]
-    env = os.environ | {"RAY_worker_niceness": "0"}  # not Ray's 15, which starves its actors beside other work
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # not Ray's niceness of 15, which starves its actors beside other work
+    env = os.environ | {"RAY_worker_niceness": "0", "PYTHONPATH": str(ROOT / "tests")}
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True, **settings)
 
 
 def returns(output: str) -> list[float]:
@@ -252,16 +345,46 @@ def test_a_continuous_task_is_learned(tmp_path):
     assert returns(output)[0] < 30 and max(returns(output)) >= 150, output
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    flags = ["--learning-rate", 1e30, "--checkpoint-interval", 1, "--iteration-seconds", 1]
-    process = start(tmp_path, *flags)
-    output, _ = process.communicate()
-    assert process.returncode == 1 and "weight not finite" in output, output
+STOPS = {
+    "(losses|weights) not finite": ["--learning-rate", 1e30, "--checkpoint-interval", 1, "--iteration-seconds", 1],
+    "error: observations not finite": ["--env-id", "rllib_probes:NanObservation-v0"],
+    "simulator lost": ["--env-id", "rllib_probes:Raises-v0"],
+}
+
+
+@pytest.mark.parametrize("words", STOPS)
+def test_a_run_that_went_wrong_stops_with_a_sentence_and_keeps_its_checkpoint(words, tmp_path):
+    process = start(tmp_path, *STOPS[words], "--total-timesteps", 10**6)
+    output, _ = process.communicate(timeout=300)
+    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert process.returncode == 1 and re.search(words, error) and "keeps its last checkpoint" in error, output
+    assert len(list(tmp_path.glob("runs/*/checkpoint-*"))) == 1
+
+
+def test_a_terminal_that_closes_stops_the_run_but_not_under_nohup(tmp_path):
+    """Its signal goes to all processes of the terminal, Ray's too; standard error may be closed."""
+    flags = ["--iteration-seconds", 1, "--exp-name", "a:b/c d", "--total-timesteps", 3000]
+
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.close(2)
+
+    for preparation, code in ((None, 129), (ignore, 0)):
+        longer = ["--total-timesteps", 10**6] if code else []
+        process = start(tmp_path, *flags, *longer, stderr=None, start_new_session=True, preexec_fn=preparation)
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("runs/"):
+                os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait() == code, "".join(lines)
+        assert code == 0 or "go on with --resume" in lines[-1]
+    assert all(re.fullmatch(r"CartPole-v1__a-b-c-d__1__\d+", path.name) for path in (tmp_path / "runs").iterdir())
+    assert len(list(tmp_path.glob("runs/*/checkpoint-*"))) == 2
 
 
 def test_a_mistake_is_one_sentence(tmp_path):
     cases = {"CartPol": ["--env-id", "CartPol-v1"], "--sigma 0": ["--sigma", 0], "--resume x": ["--resume", "x"]}
-    cases |= {"flat Box": ["--env-id", "FrozenLake-v1"], "nomodule": ["--env-id", "nomodule:X-v0"]}
     for words, flags in cases.items():
         process = start(tmp_path, *flags)
         output, _ = process.communicate()
