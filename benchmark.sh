@@ -6,32 +6,35 @@
 #
 # The evidence, in benchmark/results/*.csv; what is there already is not run again, so move a file away to make it anew:
 #
-#   ./benchmark.sh tune         bandwidth and learning rate of every surrogate, on environments that are not reported
 #   ./benchmark.sh random       random actions, the zero of the scores
+#   ./benchmark.sh tune         bandwidths, with and without KL, on environments that are not reported; before the rest
 #   ./benchmark.sh staleness    return against the size K of the replay buffer
-#   ./benchmark.sh remedies     what may keep GIPO from running away from its data
-#   ./benchmark.sh search       rollouts and buffer for half the steps, on environments that are not reported
-#   ./benchmark.sh efficiency   GIPO after half the steps, PPO-clip after half and after all
-#   ./benchmark.sh ant          return against K on Ant, 300,000 steps
+#   ./benchmark.sh ablation     GIPO's V-trace, KL term and sigma, one at a time
 #   ./benchmark.sh freeze       nothing enters the buffer after a third of the training
-#   ./benchmark.sh lag          the policy that acts is up to 16 iterations old
-#   ./benchmark.sh sigma        the width of GIPO's weight
-#   ./benchmark.sh minigrid     pixels and words
-#   ./benchmark.sh metaworld    close to the stale regime of the method's authors
-#   ./benchmark.sh atari        Pong, Breakout and Freeway from pixels
+#   ./benchmark.sh lag          the policy that acts is up to 8 iterations old
+#   ./benchmark.sh ant          return against K on Ant, 300,000 steps
+#   ./benchmark.sh metaworld    five tasks, and the stale regime of the method's authors on two of them
+#   ./benchmark.sh minigrid     pixels and words, large buffers and a policy lag
+#   ./benchmark.sh atari        Pong and Breakout from pixels
+#   ./benchmark.sh peers        Stable-Baselines3's PPO and SAC, in an environment of their own: .venv-peers
+#   ./benchmark.sh rllib-tune   learning rates of the next
 #   ./benchmark.sh rllib        APPO with GIPO's loss and its own, in an environment of its own: .venv-rllib
 #   ./benchmark.sh costs        what a message and a gradient step cost there, for an estimate at many actors
-#   ./benchmark.sh peers        Stable-Baselines3's PPO and SAC, in an environment of their own: .venv-peers
-#   ./benchmark.sh report       figures and tables from these files
+#   ./benchmark.sh report       figures, tables and verdicts from these files
 set -euo pipefail
 cd "$(dirname "$0")"
+check='import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))'
+if ! python -c "$check" torch gymnasium tyro tensorboard scipy matplotlib 2>/dev/null; then
+  echo "error: activate the environment of requirements.txt first (source .venv/bin/activate)." >&2
+  exit 2
+fi
 subcommand=${1:-}
 case $subcommand in
   quick | speed | report) module=$subcommand; shift ;;
   random) module=random_returns; shift ;;
-  peers | rllib | costs)
+  peers | rllib | rllib-tune | costs)
     module=experiments
-    name=${subcommand/costs/rllib}
+    name=$([[ $subcommand == peers ]] && echo peers || echo rllib)
     requirements=$([[ $name == peers ]] && echo benchmark/requirements-peers.txt || echo requirements-rllib.txt)
     if [[ ! -e .venv-$name/installed ]]; then
       python -m venv ".venv-$name"
@@ -40,7 +43,7 @@ case $subcommand in
     fi
     [[ $subcommand == costs ]] && exec ".venv-$name/bin/python" benchmark/rllib_costs.py
     ;;
-  tune | staleness | remedies | search | efficiency | ant | freeze | lag | sigma | minigrid | metaworld | atari) module=experiments ;;
-  *) echo "error: give a subcommand: $(sed -n 's|^#  *./benchmark.sh \([a-z]*\).*|\1|p' "$0" | paste -sd ' ')" >&2; exit 2 ;;
+  tune | staleness | ablation | freeze | lag | ant | metaworld | minigrid | atari) module=experiments ;;
+  *) echo "error: give a subcommand: $(sed -n 's|^#  *./benchmark.sh \([a-z-]*\).*|\1|p' "$0" | paste -sd ' ')" >&2; exit 2 ;;
 esac
 exec python -m "benchmark.$module" "$@"

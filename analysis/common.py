@@ -3,12 +3,14 @@
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import gipo_continuous
 import ppo_baseline
+from benchmark import variants
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 STYLES = {
@@ -22,11 +24,16 @@ STYLES = {
 }
 
 
+# of the scripts for continuous control
+DEFAULTS = {"sigma": 0.5, "clip_coef": 0.2} | {flag: default for flag, (default, *_) in variants.FLAGS.items()}
+OWN = {"gipo": gipo_continuous.policy_loss, "clip": ppo_baseline.policy_loss}
+
+
 def loss(method: str, **flags):
-    """policy_loss(logratio, advantages) of "gipo" or of one of the baseline's surrogates, its flags bound."""
-    if method == "gipo":
-        return partial(gipo_continuous.policy_loss, args=gipo_continuous.ContinuousArgs(**flags))
-    return partial(ppo_baseline.policy_loss, args=ppo_baseline.ContinuousArgs(surrogate=method, **flags))
+    """policy_loss(logratio, advantages) of "gipo", "clip" or one of the variants' losses, its flags bound."""
+    args = SimpleNamespace(**DEFAULTS | flags)
+    args.sigma_neg = flags.get("sigma_neg") or args.sigma
+    return partial(OWN[method] if method in OWN else variants.LOSSES[method][0], args=args)
 
 
 def coefficients(policy_loss, logratio, advantages) -> np.ndarray:

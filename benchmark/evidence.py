@@ -6,28 +6,26 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 
 import numpy as np
-from scipy.optimize import brentq, minimize_scalar
-from scipy.stats import norm
 
 from benchmark import scores
 from benchmark.experiments import EXPERIMENTS
-from benchmark.runs import CURVE_POINTS, Missing, Run, rows
+from benchmark.runs import CURVE_POINTS, Missing, Run, finished, rows
 from benchmark.scores import Scores
 
 Rows = list[dict[str, str]]
 
 
 def complete(experiment: str, key: Callable[[Run], Hashable]) -> dict[Hashable, Rows]:
-    """The rows of an experiment by key(run), for keys whose runs are all there; the others are named on stderr.
+    """The rows of an experiment by key(run), where all runs of a key are there; the others are named on stderr.
 
     `Missing` if there is none.
     """
-    done, found = {row["command"]: row for row in rows(experiment)}, defaultdict(list)
-    for run in EXPERIMENTS[experiment]():
+    done, found = finished(), defaultdict(list)
+    for run in dict.fromkeys(EXPERIMENTS[experiment]()):
         found[key(run)].append(done.get(run.command))
     missing = {name: known.count(None) for name, known in found.items() if None in known}
     for name, count in missing.items():
-        print(f"{experiment}: left out, for runs are missing ({count}): {name}", file=sys.stderr)
+        print(f"{experiment}: {name} is left out, because {count} of its runs are missing", file=sys.stderr)
     whole = {name: known for name, known in found.items() if name not in missing}
     if not whole:
         raise Missing("no cell has all its runs yet.")
@@ -42,9 +40,9 @@ def complete(experiment: str, key: Callable[[Run], Hashable]) -> dict[Hashable, 
     return whole
 
 
-def by_flag(flag: str, number: Callable = int) -> Callable[[Run], Hashable]:
-    """Key of a cell: the method and the value of a flag."""
-    return lambda run: (run.method, number(run.value(flag)))
+def kl_of(run: Run) -> float:
+    """The weight of a run's KL term."""
+    return float(run.value("--kl-coef"))
 
 
 def values(known: Iterable[dict], column: str, diverged: dict[str, float]) -> Scores:
@@ -63,40 +61,29 @@ def zeros(column: str = "final_return") -> dict[str, float]:
 
 
 class Scale:
-    """Scores in which random actions are 0 and the mean of PPO-clip at K = 1 is 1, in the units of a column."""
+    """Scores of the final return in which random actions are 0 and 1 is the mean of PPO-clip at K = 1, without KL."""
 
-    def __init__(self, column: str = "final_return", experiment: str = "staleness"):
-        self.column, self.zero = column, zeros()
-        done, on_policy = {row["command"]: row for row in rows(experiment)}, []
-        for run in EXPERIMENTS[experiment]():
-            if run.method == "clip" and run.value("--buffer-epochs") == "1":
+    def __init__(self):
+        self.zero, done, on_policy = zeros(), finished(), []
+        for run in EXPERIMENTS["staleness"]():
+            if run.method == "clip" and run.value("--buffer-epochs") == "1" and kl_of(run) == 0:
                 if run.command not in done or run.value("--env-id") not in self.zero:
-                    raise Missing(f"0 and 1 are not known; run ./benchmark.sh random and {experiment} first.")
+                    raise Missing("0 and 1 are not known; run ./benchmark.sh random and staleness first.")
                 on_policy.append(done[run.command])
-        self.one = {env_id: x.mean() for env_id, x in values(on_policy, column, self.zero).items()}
+        self.one = {env_id: x.mean() for env_id, x in values(on_policy, "final_return", self.zero).items()}
         for env_id, one in self.one.items():
             if one <= self.zero[env_id]:
-                raise Missing(f"{env_id} has no scale, for PPO-clip at K = 1 is no better there than random actions.")
+                raise Missing(f"{env_id} has no scale, because PPO-clip at K = 1 is no better than random actions.")
 
-    def __call__(self, known: Rows) -> Scores:
-        return scores.normalize(values(known, self.column, self.zero), self.zero, self.one)
+    def __call__(self, *cells: Rows) -> Scores:
+        """The scores of cells together; an environment is a stratum of its own in each of them."""
+        found = [scores.normalize(values(known, "final_return", self.zero), self.zero, self.one) for known in cells]
+        return {f"{env_id} {i}": x for i, own in enumerate(found) for env_id, x in own.items()}
 
     def curve(self, known: Rows) -> np.ndarray:
         """Learning curve (CURVE_POINTS,): interquartile mean of all runs at each point."""
         low, unit = np.array([(self.zero[row["env_id"]], self.one[row["env_id"]]) for row in known]).T[..., None]
         return scores.iqm((curves(known, self.zero) - low) / (unit - low), axis=0)
-
-
-def min_max(cells: Iterable[Rows]) -> Callable[[Rows], Scores]:
-    """Scores of the final return in which 0 and 1 are an environment's worst and best run among all these cells."""
-    everything = values((row for known in cells for row in known), "final_return", zeros())
-    low, high = ({env: extreme(x) for env, x in everything.items()} for extreme in (np.min, np.max))
-    return lambda known: scores.normalize(values(known, "final_return", zeros()), low, high)
-
-
-def pooled(scale: Callable[[Rows], Scores], *cells: Rows) -> Scores:
-    """The scores of several cells together; an environment is a stratum of its own in each of them."""
-    return {f"{env_id} {i}": x for i, known in enumerate(cells) for env_id, x in scale(known).items()}
 
 
 def curves(known: Rows, diverged: dict[str, float]) -> np.ndarray:
@@ -107,27 +94,6 @@ def curves(known: Rows, diverged: dict[str, float]) -> np.ndarray:
         return [diverged[row["env_id"]]] * CURVE_POINTS if lost else [float(value) for value in row["curve"].split()]
 
     return np.array([curve(row) for row in known])
-
-
-def drift(p95: float) -> float:
-    """The s at which 95 % of |x| stay below p95 under x ~ N(-s^2 / 2, s^2), whose mean ratio is 1."""
-
-    def excess(s):
-        return norm.cdf(p95, -(s**2) / 2, s) - norm.cdf(-p95, -(s**2) / 2, s) - 0.95
-
-    return brentq(excess, 1e-6, 100)
-
-
-def ess(sigma: float, s: float) -> float:
-    """Effective sample size, as a share, of GIPO's coefficients under that law (docs/theory.md, T21)."""
-    mean = sigma / np.hypot(sigma, s) * np.exp(-(s**4) / (8 * (sigma**2 + s**2)))
-    spread = 1 + 2 * s**2 / sigma**2
-    return mean**2 / (spread**-0.5 * np.exp((s**2 - s**4 / (4 * sigma**2)) / spread))
-
-
-def widest_ess(s: float) -> float:
-    """The sigma with the largest effective sample size at drift s."""
-    return minimize_scalar(lambda sigma: -ess(sigma, s), bounds=(0.05, 5), method="bounded").x
 
 
 def age(actors: int, reuse: int, costs: dict[str, float]) -> float:

@@ -3,14 +3,14 @@
     ./benchmark.sh staleness --dry-run     # print the commands
     ./benchmark.sh staleness               # run what is missing, one run per core
 
-TUNING_SEED chooses bandwidths and learning rates, on environments of their own; neither is ever reported.
+Bandwidths are tuned on environments and seeds that are never reported. `quick` alone takes the scripts' defaults.
 """
 
 import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import mean
 from typing import Literal
 
@@ -19,94 +19,79 @@ import tyro
 from benchmark.runs import Missing, Run, rows, run_all
 from benchmark.scripts import ROOT
 
-GIPO = {"continuous": "gipo_continuous.py", "atari": "gipo_atari.py", "minigrid": "gipo_minigrid_vision.py"}
-STEPS = 150_000
-ATARI_STEPS = 1_000_000
-RLLIB_STEPS = 100_000
-METAWORLD_STEPS = 300_000
-QUICK_STEPS = 100_000
-QUICK_STEPS_MINIGRID = 20_000
+METHODS = ("gipo", "clip", "sapo", "tis", "decoupled", "none")
+PAIR = METHODS[:2]
+# by the beginning of an environment's id: the baseline's word and GIPO's script
+DOMAINS = {"ALE/": ("atari", "gipo_atari.py"), "Mini": ("minigrid", "gipo_minigrid_vision.py")}
+CONTINUOUS = ("continuous", "gipo_continuous.py")
+PEERS, RLLIB = (ROOT / f".venv-{name}" / "bin" / "python" for name in ("peers", "rllib"))
+
 LOCOMOTION = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
+ANT = ("Ant-v5",)
+TASKS = ("reach", "button-press-topdown", "drawer-close", "window-open", "door-open")
+METAWORLD = tuple(f"Meta-World/{task}-v3" for task in TASKS)
+MINIGRID = ("MiniGrid-Fetch-5x5-N2-v0", "MiniGrid-GoToDoor-5x5-v0", "MiniGrid-GoToObject-6x6-N2-v0")
+ATARI = ("ALE/Pong-v5", "ALE/Breakout-v5")
+CLASSIC = ("CartPole-v1", "Pendulum-v1")  # RLlib's
+QUICK = {"Hopper-v5": 100_000, "MiniGrid-Empty-5x5-v0": 20_000}  # steps
+REPORTED = (*LOCOMOTION, *ANT, *METAWORLD, *MINIGRID, *ATARI, *CLASSIC, *QUICK)
 
-DIMENSIONS = {"HalfCheetah-v5": 6, "Hopper-v5": 3, "Walker2d-v5": 6}  # of the actions
-# what else is tried where GIPO falls short: on which methods, at which K
-REMEDIES = {
-    "a third of the learning rate": (("gipo", "clip"), (1, 8, 32)),
-    "KL": (("gipo", "clip", "sapo", "tis", "none"), (1, 8, 32)),
-    "3 epochs": (("gipo", "clip"), (1, 8, 32)),
-    "stored advantages": (("gipo", "clip"), (8, 32)),
-    "lambda 0.5": (("gipo", "clip"), (8, 32)),
-    "a width for each dimension": (("gipo",), (1, 8, 32)),
-}
-
-# sample efficiency: who trains for how long, and the K to choose from
-EFFICIENCY = {("gipo", STEPS // 2): (8, 32), ("clip", STEPS // 2): (1,), ("clip", STEPS): (1,)}
-
+STEPS = 150_000
 FREEZE_AT = 24 * 2048  # 24 rollouts of 2048 steps hold all that is collected until then
+KL = 0.1  # weight of the KL term, where there is one
+SEEDS = tuple(range(11, 200, 20))  # nothing is chosen on them
+FIVE, THREE = SEEDS[:5], SEEDS[:3]
 
 TUNING = ("Swimmer-v5", "Reacher-v5", "InvertedDoublePendulum-v5")
-TUNING_SEED = 101
-TUNING_EPOCHS = (1, 8)
-RATES = ("3e-4", "1e-3")
-# three bandwidths and two learning rates each; what has no bandwidth tries six learning rates
-GRID: dict[str, list[tuple[str, ...]]] = {
-    "gipo": [("--sigma", width) for width in ("0.2", "0.5", "1.0")],
-    "clip": [("--clip-coef", width) for width in ("0.1", "0.2", "0.3")],
-    "sapo": [("--sapo-tau", tau, "--sapo-tau-neg", f"{1.05 * float(tau):g}") for tau in ("0.5", "1", "2")],
-    "tis": [("--tis-cap", cap) for cap in ("1", "2", "5")],
-    "none": [()],
-    "decoupled": [
-        ("--clip-coef", width, "--tis-cap", cap) for width, cap in (("0.1", "1"), ("0.2", "1"), ("0.2", "2"))
-    ],
-    "dual-clip": [("--clip-coef", width) for width in ("0.1", "0.2", "0.3")],
-    "spo": [("--spo-eps", width) for width in ("0.1", "0.2", "0.3")],
+TUNING_SEEDS = (1001, 1002)
+RATE = 1e-3
+# what tuning chooses from; plain importance sampling has no bandwidth
+GRID: dict[str, list[dict[str, float]]] = {
+    "gipo": [{"sigma": sigma} for sigma in (0.3, 0.5, 1.0)],
+    "clip": [{"clip_coef": eps} for eps in (0.1, 0.2, 0.3)],
+    "sapo": [{"sapo_tau": tau, "sapo_tau_neg": 1.05 * tau} for tau in (0.5, 1.0, 2.0)],
+    "tis": [{"tis_cap": cap} for cap in (1.0, 2.0, 5.0)],
+    "decoupled": [{"clip_coef": eps, "tis_cap": cap} for eps, cap in ((0.1, 1.0), (0.2, 1.0), (0.2, 2.0))],
+    "none": [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)],
 }
-RATES_WITHOUT_BANDWIDTH = ("1e-4", "2e-4", "3e-4", "5e-4", "1e-3", "2e-3")
-METHODS = tuple(GRID)
+RLLIB_RATES = (5e-4, 1e-3)
 Groups = dict[Hashable, list[Run]]
-COMPARED = ("gipo", "clip", "sapo", "tis", "none", "decoupled")
-# script and its surrogate; every other method is a surrogate of ppo_baseline.py
-OWN_SCRIPTS = {
-    "decoupled": ("benchmark/ppo_decoupled.py", "clip"),
-    "scaled-rate": ("benchmark/ppo_scaled_rate.py", "none"),
-}
-PEERS, RLLIB = (ROOT / f".venv-{name}" / "bin" / "python" for name in ("peers", "rllib"))
-# nothing was ever chosen on them; far enough apart that no two runs share an environment's seed
-SEEDS = (11, 31, 51, 71, 91)
 
 
-def candidates(method: str) -> list[tuple[str, ...]]:
-    """The flags that tuning chooses from: six settings of a method."""
-    rates = RATES if GRID[method] != [()] else RATES_WITHOUT_BANDWIDTH
-    return [(*bandwidth, "--learning-rate", rate) for bandwidth, rate in itertools.product(GRID[method], rates)]
+def words(flags: dict) -> tuple[str, ...]:
+    """Flags as they stand in a command; one that is None is left out."""
+    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in flags.items() if value is not None)
+    return tuple(word for flag, x in pairs for word in (flag, f"{x:g}" if isinstance(x, float) else str(x)))
 
 
-def run(method: str, env_id: str, seed: int, *flags, domain: str = "continuous") -> Run:
-    """One run of a method with the flags given, without the evaluation at its end."""
+def run(method: str, env_id: str, seed: int, **flags) -> Run:
+    """One run of a method with these flags, without the evaluation at its end; equal flags give equal commands."""
+    domain, gipo = DOMAINS.get(env_id[:4], CONTINUOUS)
+    flags = {"env_id": env_id, "seed": seed, **dict(sorted(flags.items())), "eval_episodes": 0}
     if method == "gipo":
-        script, arguments = GIPO[domain], ()
-    else:
-        script, surrogate = OWN_SCRIPTS.get(method, ("ppo_baseline.py", method))
-        arguments = (domain, "--surrogate", surrogate)
-    arguments += ("--env-id", env_id, "--seed", seed, *flags, "--eval-episodes", 0)
-    return Run(method, script, tuple(map(str, arguments)))
+        return Run(method, gipo, words(flags))
+    if method == "clip":
+        return Run(method, "ppo_baseline.py", (domain, *words(flags)))
+    return Run(method, "benchmark/variants.py", (method, "ppo_baseline.py", domain, *words(flags)))
+
+
+# ------------------------------------------------------ Tuning -------------------------------------------------------
+def candidate(method: str, i: int, kl: float) -> dict[str, float]:
+    """The flags of a method's candidate."""
+    return {"learning_rate": RATE, **GRID[method][i], "kl_coef": kl}
 
 
 def tuning() -> Groups:
-    """The runs of each candidate (method, flags)."""
-
-    def batch(method, flags):
-        for env_id, k in itertools.product(TUNING, TUNING_EPOCHS):
-            yield run(method, env_id, TUNING_SEED, "--total-timesteps", STEPS, "--buffer-epochs", k, *flags)
-
-    return {(method, flags): list(batch(method, flags)) for method in METHODS for flags in candidates(method)}
-
-
-def tune() -> Iterator[Run]:
-    yield from itertools.chain(*tuning().values())
+    """The runs of each candidate (method, its number in GRID, KL coefficient)."""
+    flags = {(m, i, kl): candidate(m, i, kl) for m in METHODS for i in range(len(GRID[m])) for kl in (0, KL)}
+    places = list(itertools.product(TUNING_SEEDS, TUNING, (1, 8)))
+    return {
+        name: [run(name[0], env_id, seed, total_timesteps=STEPS, buffer_epochs=k, **own) for seed, env_id, k in places]
+        for name, own in flags.items()
+    }
 
 
-def scaled_means(experiment: str, groups: Groups) -> dict[Hashable, float]:
+def group_scores(experiment: str, groups: Groups) -> dict[Hashable, float]:
     """The score of each group of runs: the mean of their final returns, scaled to [0, 1] within each environment.
 
     0 and 1 are the worst and the best of all groups; a run that diverged counts as 0.
@@ -129,175 +114,115 @@ def scaled_means(experiment: str, groups: Groups) -> dict[Hashable, float]:
     return {name: mean(scaled(found[one.command]) for one in group) for name, group in groups.items()}
 
 
-def tuning_scores() -> dict[tuple[str, tuple[str, ...]], float]:
-    """The score of every candidate (method, flags)."""
-    return scaled_means("tune", tuning())
+def tuned(method: str, kl: float = KL) -> dict[str, float]:
+    """A method's best flags with this KL coefficient; chosen at 0 or at KL."""
+    known = group_scores("tune", tuning())
+    best = max(range(len(GRID[method])), key=lambda i: known[method, i, KL if kl else 0])
+    return candidate(method, best, kl)
 
 
-def tuned(method: str) -> tuple[str, ...]:
-    """The best of a method's candidates."""
-    known = tuning_scores()
-    return max(candidates(method), key=lambda flags: known[method, flags])
+def distributed(surrogate: str, env_id: str, seed: int, rate: float, reuse: int) -> Run:
+    """Two actors of RLlib, and GIPO's loss with its KL term or APPO's."""
+    flags = {"surrogate": surrogate, "env_id": env_id, "seed": seed, "buffer_reuse": reuse, "learning_rate": rate}
+    flags |= {"kl_coef": KL if surrogate == "gipo" else 0, "total_timesteps": 100_000}
+    flags |= {"reward_scale": 0.01 if env_id == "Pendulum-v1" else None}
+    return Run(surrogate, "gipo_rllib.py", words(flags), RLLIB)
 
 
-def bandwidth(method: str) -> tuple[str, ...]:
-    """A method's tuned flags without the learning rate, which other domains have their own of."""
-    return tuned(method)[:-2]
+def rllib_tuning() -> Groups:
+    """The runs of each (surrogate, learning rate)."""
+    names = itertools.product(PAIR, RLLIB_RATES)
+    return {(m, rate): [distributed(m, env_id, TUNING_SEEDS[0], rate, 2) for env_id in CLASSIC] for m, rate in names}
 
 
-def grid(methods, seeds, *dials, envs=LOCOMOTION, steps=STEPS) -> Iterator[Run]:
-    """Tuned methods on the environments under every dial, a tuple of flags; all methods of a seed side by side."""
-    flags = {method: tuned("gipo" if method == "scaled-rate" else method) for method in methods}
+# ---------------------------------------------------- Experiments ----------------------------------------------------
+def grid(methods, seeds, envs, dials, kl: float = KL, **flags) -> Iterator[Run]:
+    """Tuned methods on the environments under every dial, which are flags; all methods of a seed side by side."""
+    best = {method: tuned(method, kl) for method in methods}
     for seed, dial, env_id, method in itertools.product(seeds, dials, envs, methods):
-        yield run(method, env_id, seed, "--total-timesteps", steps, *dial, *flags[method])
+        yield run(method, env_id, seed, **({"total_timesteps": STEPS} | best[method] | flags | dial))
 
 
-def buffers(*sizes: int) -> list[tuple[str, int]]:
+def buffers(*sizes: int) -> list[dict]:
     """Dials: the size K of the replay buffer."""
-    return [("--buffer-epochs", k) for k in sizes]
+    return [{"buffer_epochs": k} for k in sizes]
+
+
+def tune() -> Iterator[Run]:
+    yield from itertools.chain(*tuning().values())
 
 
 def staleness() -> Iterator[Run]:
-    yield from grid(COMPARED, SEEDS, *buffers(1, 8, 32))
-    yield from grid(("scaled-rate",), SEEDS, *buffers(1, 8, 32))
-    yield from grid(("dual-clip", "spo"), SEEDS, *buffers(1, 8))
-    yield from grid(COMPARED, SEEDS, *buffers(2, 4, 16))
+    yield from grid(METHODS, SEEDS, LOCOMOTION, buffers(1, 8, 32))
+    yield from grid(PAIR, SEEDS, LOCOMOTION, buffers(1, 8, 32), kl=0)
+    yield from grid(METHODS[2:], FIVE, LOCOMOTION, buffers(1, 8, 32), kl=0)
 
 
-def searching() -> Groups:
-    """The runs of each (method, steps, flags): smaller rollouts, each with as many gradient steps as a whole one has.
-
-    At equal steps PPO-clip at K = 1 may choose among these rollouts as GIPO may.
-    """
-    groups = {}
-    for (method, steps), sizes in EFFICIENCY.items():
-        for n, k, rate in itertools.product((256, 128, 64), sizes, RATES):
-            flags = ("--num-steps", n, "--num-minibatches", n // 16, "--update-epochs", 2560 // n)
-            flags += ("--buffer-epochs", k, *bandwidth(method), "--learning-rate", rate)
-            groups[method, steps, flags] = [
-                run(method, env_id, TUNING_SEED, "--total-timesteps", steps, *flags) for env_id in TUNING
-            ]
-    return groups
-
-
-def search() -> Iterator[Run]:
-    yield from itertools.chain(*searching().values())
-
-
-def searched() -> dict[tuple[str, int], tuple]:
-    """The best flags of each (method, steps)."""
-    known = scaled_means("search", searching())
-    return {own: max((key for key in known if key[:2] == own), key=known.get)[2] for own in EFFICIENCY}
-
-
-def efficiency() -> Iterator[Run]:
-    flags = searched()
-    for seed, env_id, (method, steps) in itertools.product(SEEDS, LOCOMOTION, EFFICIENCY):
-        yield run(method, env_id, seed, "--total-timesteps", steps, *flags[method, steps])
-
-
-def ant() -> Iterator[Run]:
-    yield from grid(("gipo", "clip", "sapo", "tis"), SEEDS, *buffers(1, 8, 32), envs=("Ant-v5",), steps=2 * STEPS)
+def ablation() -> Iterator[Run]:
+    """V-trace is the scripts' default and not named, so that these runs are those of `staleness`."""
+    for source, kl in itertools.product((None, "recompute"), (0, 0.03, KL, 0.3)):
+        yield from grid(["gipo"], FIVE, LOCOMOTION, buffers(1, 8, 32), kl, advantage_source=source)
+    for sigma in (0.2, 0.5, 1.0, 2.0):
+        yield from grid(["gipo"], FIVE, LOCOMOTION, buffers(1, 8), sigma=sigma)
+    yield from grid(["clip"], FIVE, LOCOMOTION, buffers(1, 8, 32), kl=0, advantage_source="recompute")
 
 
 def freeze() -> Iterator[Run]:
-    yield from grid(COMPARED, SEEDS, *(("--buffer-epochs", k, "--freeze-buffer-at", FREEZE_AT) for k in (8, 24)))
+    yield from grid(METHODS, FIVE, LOCOMOTION, buffers(24), freeze_buffer_at=FREEZE_AT)
+    yield from grid(PAIR, FIVE, LOCOMOTION, buffers(24), kl=0, freeze_buffer_at=FREEZE_AT)
 
 
 def lag() -> Iterator[Run]:
-    yield from grid(("gipo", "clip", "tis", "decoupled"), SEEDS[:3], *(("--policy-lag", n) for n in (0, 2, 8, 16)))
+    yield from grid(METHODS, FIVE, LOCOMOTION, [{"policy_lag": n or None} for n in (0, 2, 8)], buffer_epochs=1)
 
 
-def remedy(name: str, method: str, env_id: str, seed: int, k: int) -> Run:
-    """A tuned run with one change, which its method names."""
-    *width, rate = tuned(method)
-    joint = float(tuned("gipo")[1]) * DIMENSIONS[env_id] ** 0.5
-    flags = {
-        "a third of the learning rate": (*width, f"{float(rate) / 3:.1g}"),
-        "KL": (*width, rate),
-        "3 epochs": (*width, rate, "--update-epochs", 3),
-        "stored advantages": (*width, rate, "--advantage-source", "stored"),
-        "lambda 0.5": (*width, rate, "--gae-lambda", 0.5),
-        "a width for each dimension": ("--sigma", f"{joint:.2f}", *width[2:], rate),
-    }[name]
-    made = run(method, env_id, seed, "--total-timesteps", STEPS, "--buffer-epochs", k, *flags)
-    if name == "KL":
-        made = replace(made, script="benchmark/with_kl.py", arguments=(made.script, *made.arguments))
-    return replace(made, method=f"{method}: {name}")
-
-
-def remedies() -> Iterator[Run]:
-    for seed, (name, (methods, sizes)) in itertools.product(SEEDS[:3], REMEDIES.items()):
-        for k, env_id, method in itertools.product(sizes, LOCOMOTION, methods):
-            yield remedy(name, method, env_id, seed, k)
-
-
-def sigma() -> Iterator[Run]:
-    widths, rate = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 2), tuned("gipo")[-2:]
-    for seed, k, env_id, width, share in itertools.product(SEEDS[:3], (1, 8), LOCOMOTION, widths, (1, 0.5)):
-        flags = ("--total-timesteps", STEPS, "--buffer-epochs", k, *rate)
-        yield run("gipo", env_id, seed, *flags, "--sigma", width, "--sigma-neg", f"{width * share:g}")
-
-
-def discrete(method: str, env_id: str, seed: int, k: int, domain: str, *flags) -> Run:
-    """A run with discrete actions: the bandwidth that tuning chose, and the domain's common learning rate."""
-    return run(method, env_id, seed, *flags, "--buffer-epochs", k, *bandwidth(method), domain=domain)
-
-
-def minigrid() -> Iterator[Run]:
-    for seed, k, method in itertools.product(SEEDS[:3], (1, 8, 32), COMPARED):
-        yield discrete(method, "MiniGrid-Fetch-5x5-N2-v0", seed, k, "minigrid")
-    envs = ("MiniGrid-GoToObject-6x6-N2-v0", "MiniGrid-GoToDoor-5x5-v0")
-    for seed, env_id, method in itertools.product(SEEDS[:3], envs, ("gipo", "clip")):
-        yield discrete(method, env_id, seed, 8, "minigrid")
+def ant() -> Iterator[Run]:
+    yield from grid(METHODS[:3], FIVE, ANT, buffers(1, 8), total_timesteps=2 * STEPS)
 
 
 def metaworld() -> Iterator[Run]:
-    # the stale regime of the method's authors: a buffer of 20,000 transitions, rollouts of an episode, batches of 512
-    regime = ("--num-envs", 1, "--num-steps", 512, "--num-minibatches", 1, "--buffer-epochs", 40)
-    tasks = ("reach-v3", "button-press-topdown-v3", "drawer-close-v3", "window-open-v3")
-    envs = [f"Meta-World/{task}" for task in tasks]
-    yield from grid(("gipo", "clip"), SEEDS[:3], regime, envs=envs, steps=METAWORLD_STEPS)
-
-
-def atari() -> Iterator[Run]:
-    for game, k, method in itertools.product(("Pong", "Breakout", "Freeway"), (1, 8), ("gipo", "clip")):
-        yield discrete(method, f"ALE/{game}-v5", SEEDS[0], k, "atari", "--total-timesteps", ATARI_STEPS)
+    methods = ("gipo", "clip", "sapo", "none")
+    large = {"num_envs": 8, "num_steps": 64, "buffer_epochs": 40}
+    yield from grid(methods, FIVE, METAWORLD, [large], total_timesteps=300_000)
+    # the method's authors': new data is a two-thousandth of the buffer
+    small = {"num_envs": 1, "num_steps": 10, "buffer_epochs": 2000, "minibatch_size": 512, "num_minibatches": 1}
+    yield from grid(methods, THREE, (METAWORLD[0], METAWORLD[-1]), [small], total_timesteps=100_000)
 
 
 def peers() -> Iterator[Run]:
-    for seed, env_id, algorithm in itertools.product(SEEDS[:3], LOCOMOTION, ("ppo", "sac")):
-        arguments = ("--algorithm", algorithm, "--env-id", env_id, "--seed", seed, "--total-timesteps", STEPS)
-        yield Run(f"sb3-{algorithm}", "benchmark/sb3_agent.py", tuple(map(str, arguments)), PEERS)
+    for seed, env_id, algorithm in itertools.product(FIVE, LOCOMOTION, ("ppo", "sac")):
+        flags = {"algorithm": algorithm, "env_id": env_id, "seed": seed, "total_timesteps": STEPS}
+        yield Run(f"sb3-{algorithm}", "benchmark/sb3_agent.py", words(flags), PEERS)
+
+
+def minigrid() -> Iterator[Run]:
+    dials = [{"buffer_epochs": k, "policy_lag": lag} for k, lag in ((1, None), (32, None), (1, 8))]
+    yield from grid(PAIR, THREE, MINIGRID, dials, learning_rate=None, total_timesteps=None)
+
+
+def atari() -> Iterator[Run]:
+    yield from grid(PAIR, THREE, ATARI, buffers(8), learning_rate=None, total_timesteps=1_000_000)
+
+
+def rllib_tune() -> Iterator[Run]:
+    yield from itertools.chain(*rllib_tuning().values())
 
 
 def rllib() -> Iterator[Run]:
-    """Two actors on CartPole: both losses at growing buffers; the lag by size and reuse; a single actor."""
-
-    def distributed(surrogate, seed, batches, reuse, actors=2):
-        flags = ("--surrogate", surrogate, "--seed", seed, "--buffer-batches", batches, "--buffer-reuse", reuse)
-        flags += ("--env-id", "CartPole-v1", "--num-env-runners", actors, "--total-timesteps", RLLIB_STEPS)
-        return Run(surrogate, "gipo_rllib.py", tuple(map(str, flags)), RLLIB)
-
-    sizes = (1, 8, 32)
-    for seed, batches, surrogate in itertools.product(SEEDS[:3], sizes, ("gipo", "clip")):
-        yield distributed(surrogate, seed, batches, 8)
-    for batches, reuse in itertools.product(sizes, (1, 2)):
-        yield distributed("gipo", SEEDS[0], batches, reuse)
-    yield distributed("gipo", SEEDS[0], 8, 8, actors=1)
+    known = group_scores("rllib-tune", rllib_tuning())
+    rates = {method: max(RLLIB_RATES, key=lambda rate: known[method, rate]) for method in PAIR}
+    for seed, reuse, env_id, method in itertools.product(THREE, (1, 2, 8), CLASSIC, PAIR):
+        yield distributed(method, env_id, seed, rates[method], reuse)
 
 
 def quick() -> Iterator[Run]:
-    """What fits into ten minutes of two cores; no Atari game is learned in that time."""
-    yield from grid(("gipo", "clip"), SEEDS[:3], *buffers(1, 8), envs=("Hopper-v5",), steps=QUICK_STEPS)
-    for seed, k, method in itertools.product(SEEDS[:3], (1, 8), ("gipo", "clip")):
-        flags = ("--total-timesteps", QUICK_STEPS_MINIGRID)
-        yield discrete(method, "MiniGrid-Empty-5x5-v0", seed, k, "minigrid", *flags)
+    """The scripts' defaults, in ten minutes of two cores; no Atari game is learned in that time."""
+    for seed, k, (env_id, steps), method in itertools.product(THREE, (1, 8), QUICK.items(), PAIR):
+        yield run(method, env_id, seed, total_timesteps=steps, buffer_epochs=k)
 
 
-CONTINUOUS = (tune, staleness, remedies, search, efficiency, ant, freeze, lag, sigma)
-ALL = (*CONTINUOUS, minigrid, metaworld, atari, peers, rllib, quick)
-EXPERIMENTS = {experiment.__name__: experiment for experiment in ALL}
+ALL = (tune, staleness, ablation, freeze, lag, ant, metaworld, peers, minigrid, atari, rllib_tune, rllib, quick)
+EXPERIMENTS = {experiment.__name__.replace("_", "-"): experiment for experiment in ALL}
 
 
 @dataclass
@@ -323,7 +248,7 @@ def main(args: Args) -> int:
         print(f"error: --only {args.only}: give a part of a command that --dry-run prints.", file=sys.stderr)
         return 2
     try:
-        workers = 1 if args.experiment == "rllib" else None  # each run has processes of its own
+        workers = 1 if args.experiment.startswith("rllib") else None  # each run has processes of its own
         return min(run_all(args.experiment, chosen, args.dry_run, workers), 1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)

@@ -2,14 +2,15 @@
 
 ./benchmark.sh report        # rewrites docs/figures and what stands between the markers of the pages
 
-A cell of a table and a point of a figure stand for several runs, and appear once all of these are there.
+An experiment without rows leaves its figure and its places on the pages as they are. A cell of a table and a point of a
+figure stand for several runs, and appear once all of these are there.
 """
 
 import itertools
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
 import matplotlib
@@ -18,17 +19,8 @@ import tyro
 
 from benchmark import evidence, scores
 from benchmark.drawing import NAMES, SCALE, STEPS_AXIS, Panel, against, over_time
-from benchmark.evidence import Rows, Scale, by_flag, complete, pooled
-from benchmark.experiments import (
-    ATARI_STEPS,
-    FREEZE_AT,
-    METHODS,
-    STEPS,
-    candidates,
-    searched,
-    tuned,
-    tuning_scores,
-)
+from benchmark.evidence import Rows, Scale, complete, kl_of
+from benchmark.experiments import FREEZE_AT, GRID, KL, METHODS, STEPS, candidate, group_scores, tuned, tuning, words
 from benchmark.runs import Missing, Run, rows
 from benchmark.scores import Scores
 from benchmark.scripts import ROOT
@@ -36,12 +28,13 @@ from benchmark.scripts import ROOT
 FIGURES = ROOT / "docs" / "figures"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "gipo.md"]
 FEW = 5  # seeds
-NOTHING = "Not run yet."
 LABELS = {method: label for method, (label, *_) in NAMES.items()}
-DRIFT = ("abs_logratio_p95", "ess", "dead_fraction")
-SIZES = {(1,): "K = 1", (8,): "K = 8", (32,): "K = 32", (8, 32): "K = 8 and 32"}
+DASHES = ("-", "--", ":", "-.")
+PLACES = {(1,): "K = 1", (8, 32): "K = 8 or 32"}
+Texts = dict[str, str]  # by marker
 
 
+# ---------------------------------------------------- Words, tables --------------------------------------------------
 def number(found: tuple[float, float, float], digits: int = 2) -> str:
     """A statistic with its interval, if there is one."""
     pattern = "{:z.{d}f}" if np.isnan(found).any() else "{:z.{d}f} ({:z.{d}f} to {:z.{d}f})"
@@ -54,36 +47,44 @@ def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
-def by_method(cells: dict[tuple[str, Hashable], str], columns: dict[Hashable, str], labels=LABELS) -> str:
-    """Markdown: a line for each method that has a cell, and columns with their names."""
-    methods = [method for method in labels if any((method, x) in cells for x in columns)]
-    lines = ([labels[method], *(cells.get((method, x), "") for x in columns)] for method in methods)
-    return table(["", *columns.values()], lines)
+def cross(cells: dict[tuple[Hashable, Hashable], str], lines: dict, columns: dict | None = None) -> str:
+    """Markdown: cells by (line, column) under the names of both; a line that has no cell is left out."""
+    columns = columns or {column: str(column) for _, column in cells}
+    shown = [line for line in lines if any((line, column) in cells for column in columns)]
+    return table(
+        ["", *columns.values()], ([lines[x], *(cells.get((x, column), "") for column in columns)] for x in shown)
+    )
 
 
-def verdicts(samples: dict[str, dict[str, Scores]], digits: int = 2) -> str:
-    """A sentence for each place that has GIPO and PPO-clip on the same environments, by the interval of the difference.
+def verdict(ours: Scores, theirs: Scores, where: str, names=("GIPO", "PPO-clip"), digits: int = 2) -> str:
+    """A sentence about two methods on the same environments, by the interval of the difference; empty without those.
 
-    Fewer than FEW seeds are named, for intervals are too narrow then.
+    Fewer than FEW seeds are named, because intervals are too narrow then.
     """
-    sentences = []
-    for place, by in samples.items():
-        if "gipo" in by and by["gipo"].keys() == by.get("clip", {}).keys():
-            difference = scores.difference_with_interval(by["gipo"], by["clip"])
-            _, low, high = difference
-            outcome = "GIPO is ahead" if low > 0 else "PPO-clip is ahead" if high < 0 else "no difference is shown"
-            seeds = min(map(len, by["gipo"].values()))
-            outcome += f", by {seeds} seeds only" if seeds < FEW else ""
-            outcome = "one seed decides nothing" if seeds == 1 else outcome
-            found = (scores.iqm_with_interval(by["gipo"]), scores.iqm_with_interval(by["clip"]), difference)
-            own, other, gap = (number(statistic, digits) for statistic in found)
-            sentences.append(f"{place}: GIPO {own}, PPO-clip {other}, difference {gap}: {outcome}.")
-    return " ".join(sentences)
+    if not ours or ours.keys() != theirs.keys():
+        return ""
+    _, low, high = scores.difference_with_interval(ours, theirs)
+    if high < 0:
+        ours, theirs, names, low, high = theirs, ours, names[::-1], -high, -low
+    own, other, low, high = (
+        f"{x:z.{digits}f}" for x in (scores.iqm_with_interval(ours)[0], scores.iqm_with_interval(theirs)[0], low, high)
+    )
+    seeds = min(map(len, ours.values()))
+    if seeds == 1:
+        return f"{where} one seed decides nothing between {names[0]} and {names[1]} ({own} against {other})."
+    shown = f"({own} against {other}, difference {low} to {high}{f', {seeds} seeds only' if seeds < FEW else ''})"
+    if float(low) > 0:
+        return f"{where} {names[0]} beats {names[1]} {shown}."
+    return f"{where} no difference shows between {names[0]} and {names[1]} {shown}."
 
 
-def by_place(found: dict[tuple[str, Hashable], Scores], names: dict[Hashable, str]) -> dict[str, dict[str, Scores]]:
-    """Scores by (method, place) as scores of methods by the name of the place."""
-    return {name: {method: own for (method, at), own in found.items() if at == place} for place, name in names.items()}
+def sentences(found: Iterable[str]) -> str:
+    return " ".join(filter(None, found))
+
+
+def intervals(cells: dict[Hashable, Scores], digits: int = 2) -> dict[Hashable, str]:
+    """Interquartile means with their intervals."""
+    return {key: number(scores.iqm_with_interval(sample), digits) for key, sample in cells.items()}
 
 
 def fill(name: str, text: str):
@@ -92,333 +93,258 @@ def fill(name: str, text: str):
     for page in PAGES:
         old = page.read_text()
         new, count = re.subn(between, lambda match: match[1] + text + "\n" + match[2], old, flags=re.DOTALL)
-        page.write_text(new)
+        if new != old:
+            page.write_text(new)
         filled += count
     if not filled:
         raise ValueError(f"no page has the marker <!-- {name} -->")
 
 
-def intervals(cells: dict[Hashable, Scores], digits: int = 2) -> dict[Hashable, str]:
-    """Interquartile means with their intervals."""
-    return {key: number(scores.iqm_with_interval(sample), digits) for key, sample in cells.items()}
+# ------------------------------------------- Continuous control on one scale -----------------------------------------
+def with_kl(line: tuple[str, float]) -> str:
+    method, kl = line
+    return f"{LABELS[method]} {'with' if kl else 'without'} KL"
 
 
-def means(cells: dict[Hashable, Rows], *columns: str, pattern: str = "{:.2g}") -> dict[Hashable, str]:
-    """Means of columns over the runs of a cell that did not diverge."""
-
-    def mean(known, column):
-        left = [float(row[column]) for row in known if row["diverged"] != "1"]
-        return pattern.format(np.mean(left)) if left else "-"
-
-    return {key: " / ".join(mean(known, column) for column in columns) for key, known in cells.items()}
+LINES = {(method, kl): with_kl((method, kl)) for kl in (KL, 0) for method in METHODS}
+STYLES = {line: NAMES[line[0]] for line in LINES}
 
 
-def env_and_k(run: Run) -> tuple[str, tuple[str, int]]:
-    """Key of a cell."""
-    return run.method, (run.value("--env-id"), int(run.value("--buffer-epochs")))
+def by_flag(flag: str, default: str | None = None) -> Callable[[Run], Hashable]:
+    """Key of a cell: method and KL coefficient, and the value of a flag."""
+    return lambda run: ((run.method, kl_of(run)), int(run.value(flag, default)))
 
 
-# ---------------------------------------------------- Experiments ----------------------------------------------------
-def tune():
-    known, lines = tuning_scores(), []
-    for method in METHODS:
-        chosen = tuned(method)
-        others = [known[method, flags] for flags in candidates(method) if flags != chosen]
-        spread = f"{min(others):.2f} to {max(others):.2f}"
-        lines.append([LABELS[method], f"`{' '.join(chosen)}`", f"{known[method, chosen]:.2f}", spread])
-    fill("tune", table(["", "chosen", "its score", "the other five"], lines))
-    own = {flags[1::2]: known["gipo", flags] for flags in candidates("gipo")}
-    widths, rates = (list(dict.fromkeys(column)) for column in zip(*own, strict=True))
-    lines = [[rate, *(f"{own[width, rate]:.2f}" for width in widths)] for rate in rates]
-    fill("tune-gipo", table(["learning rate", *(f"sigma = {width}" for width in widths)], lines))
+def kl_panels(xlabel: str, lines: dict, kl: Callable = lambda line: line[1]) -> list[Panel]:
+    """A panel with KL and one without."""
+    titles = {"with KL": KL, "without KL": 0}
+    panels = [Panel(title, xlabel, {x: y for x, y in lines.items() if kl(x) == own}) for title, own in titles.items()]
+    return [panel for panel in panels if panel.lines]
 
 
-def staleness():
+def pooled(scale: Scale, cells: dict, line: Hashable, sizes: Iterable) -> Scores:
+    """The scores of a line in several columns together; none where one of them is not there."""
+    own = [cells.get((line, size)) for size in sizes]
+    return scale(*own) if all(own) else {}
+
+
+def staleness() -> Texts:
     scale, cells = Scale(), complete("staleness", by_flag("--buffer-epochs"))
     found = {key: scale(known) for key, known in cells.items()}
-    columns = {k: f"K = {k}" for k in sorted({k for _, k in cells})}
-    against(found, NAMES, FIGURES / "staleness.png", "rollouts K in the replay buffer")
-    fill("staleness", by_method(intervals(found), columns))
-    fill("staleness-drift", by_method(means(cells, *DRIFT), columns))
-    single = complete("staleness", env_and_k)
-    places = {place: f"{place[0].removesuffix('-v5')}, K = {place[1]}" for place in sorted({p for _, p in single})}
-    returns = {cell: evidence.values(known, "final_return", scale.zero) for cell, known in single.items()}
-    texts = {cell: f"{next(iter(by_env.values())).mean():.0f}" for cell, by_env in returns.items()}
-    fill("staleness-returns", by_method(texts, places))
-    envs = dict.fromkeys(env_id for _, (env_id, _) in single)
-    parts = {env_id: {env_id} for env_id in envs} | {f"without {env_id}": envs.keys() - {env_id} for env_id in envs}
-    lines = []
-    for part, kept in parts.items():
-        own = {name: [row for row in known if row["env_id"] in kept] for name, known in cells.items()}
-        lines.append([part.removesuffix("-v5"), *ahead(scale, own, "gipo", "clip")])
-    fill("staleness-ahead", table(["", *SIZES.values()], lines))
-    stale = {m: (cells[m, 8], cells[m, 32]) for m in NAMES if (m, 8) in cells and (m, 32) in cells}
-    pairs = {"K = 8 and 32 together": {m: pooled(scale, *stale[m]) for m in stale}}
-    pairs["K = 1"] = {m: sample for (m, k), sample in found.items() if k == 1}
-    fill("staleness-pooled", ranking(stale, scale))
-    order = best_first(pairs["K = 8 and 32 together"])
-    rank = f" At K = 8 and 32, best first: {', '.join(LABELS[m] for m in order)}." if order else ""
-    fill("staleness-verdict", verdicts(pairs) + rank)
-
-
-def best_first(samples: dict[str, Scores]) -> list[str]:
-    """Methods by their interquartile mean."""
-    return sorted(samples, key=lambda method: -scores.iqm_with_interval(samples[method])[0])
-
-
-def ranking(cells: dict[str, tuple[Rows, ...]], scale: Scale) -> str:
-    """Markdown: methods by the interquartile mean of their cells together, best first."""
-    final = {method: pooled(scale, *own) for method, own in cells.items()}
-    paper = evidence.min_max(known for own in cells.values() for known in own)
-    area, lines = Scale("mean_return"), []
-    for method in best_first(final):
-        other = (pooled(column, *cells[method]) for column in (area, paper))
-        line = [LABELS[method], *(number(scores.iqm_with_interval(sample)) for sample in (final[method], *other))]
-        if "clip" in final and method != "clip":
-            compare = (scores.difference_with_interval, scores.probability_of_improvement)
-            line += [number(statistic(final[method], final["clip"])) for statistic in compare]
-        lines.append(line + [""] * (6 - len(line)))
-    return table(
-        ["", "final return", "mean return", "min-max", "ahead of PPO-clip by", "chance to beat PPO-clip"], lines
+    against(
+        kl_panels("rollouts K in the replay buffer", found, lambda key: key[0][1]), STYLES, FIGURES / "staleness.png"
     )
-
-
-def ahead(scale: Scale, cells: dict[tuple[str, int], Rows], ours: str, theirs: str) -> list[str]:
-    """How far one method is ahead of another at each of `SIZES`; empty where one of them has no runs."""
-    line = []
-    for sizes in SIZES:
-        pair = [[cells.get((method, k)) for k in sizes] for method in (ours, theirs)]
-        whole = all(itertools.chain(*pair))
-        line.append(number(scores.difference_with_interval(*(pooled(scale, *own) for own in pair))) if whole else "")
-    return line
-
-
-def remedies():
-    scale, key, columns = Scale(), by_flag("--buffer-epochs"), {k: f"K = {k}" for k in (1, 8, 32)}
-    changed = complete("remedies", key)
-    bases = {method.partition(": ")[0] for method, _ in changed}
-    seeds = {row["seed"] for row in itertools.chain(*changed.values())}  # as tuned on the same seeds
-    as_tuned = {
-        name: [row for row in known if row["seed"] in seeds] for name, known in complete("staleness", key).items()
-    }
-    cells = {name: known for name, known in as_tuned.items() if name[0] in bases} | changed
-    labels = {}
-    for method in sorted(dict.fromkeys(m for m, _ in cells), key=lambda name: METHODS.index(name.partition(": ")[0])):
-        base, _, change = method.partition(": ")
-        labels[method] = f"{LABELS[base]}: {change or 'as tuned'}"
-    fill("remedies", by_method(intervals({name: scale(known) for name, known in cells.items()}), columns, labels))
-    fill("remedies-drift", by_method(means(cells, *DRIFT), columns, labels))
-    changes = {ours.partition(": ")[2]: (ours, ours.replace("gipo", "clip")) for ours in labels if ours[:4] == "gipo"}
-    lines = ([change or "as tuned", *ahead(scale, cells, *pair)] for change, pair in changes.items())
-    fill("remedies-ahead", table(["", *SIZES.values()], (line for line in lines if any(line[1:]))))
-
-
-def efficiency():
-    scale, chosen = Scale(), searched()
-    cells = complete("efficiency", lambda run: (run.method, int(run.value("--total-timesteps"))))
-    found = {key: scale(known) for key, known in cells.items()}
-    texts = intervals(found)
-    head = ["", "steps", "chosen", "final return"]
-    lines = ([LABELS[m], f"{n:,}", f"`{' '.join(map(str, chosen[m, n]))}`", texts[m, n]] for m, n in texts)
-    fill("efficiency", table(head, lines))
-    ours = found.get(("gipo", STEPS // 2), {})
-    others = {n: {"gipo": ours, "clip": found[m, n]} for m, n in found if m == "clip"}
-    fill("efficiency-verdict", verdicts({f"Against PPO-clip after {n:,} steps": pair for n, pair in others.items()}))
-
-
-def ant():
-    cells, scale = complete("ant", by_flag("--buffer-epochs")), Scale(experiment="ant")
-    found = {key: scale(known) for key, known in cells.items()}
+    said = []
+    for (own, other), sizes in ((pair, sizes) for pair in ((KL, KL), (0, 0), (KL, 0)) for sizes in PLACES):
+        pair = [pooled(scale, cells, line, sizes) for line in (("gipo", own), ("clip", other))]
+        if own == other:
+            said.append(verdict(*pair, f"{'With' if own else 'Without'} KL and {PLACES[sizes]}"))
+        else:
+            said.append(verdict(*pair, f"With {PLACES[sizes]}", (LINES["gipo", own], LINES["clip", other])))
+    stale = {line: scores.iqm_with_interval(own)[0] for line in LINES if (own := pooled(scale, cells, line, (8, 32)))}
+    order = sorted((line for line in stale if line[1]), key=stale.get, reverse=True)
+    if order:
+        rank = ", ".join(f"{LABELS[line[0]]} {stale[line]:.2f}" for line in order)
+        said.append(f"With KL and K = 8 or 32, best first: {rank}.")
     columns = {k: f"K = {k}" for k in (1, 8, 32)}
-    fill("ant", by_method(intervals(found), columns))
-    fill("ant-drift", by_method(means(cells, *DRIFT), columns))
-    fill("ant-verdict", verdicts(by_place(found, columns)))
+    return {"staleness": cross(intervals(found), LINES, columns), "staleness-verdict": sentences(said)}
 
 
-def freeze():
-    scale, cells = Scale(), complete("freeze", by_flag("--buffer-epochs"))
-    sizes = {k: f"K = {k}" for k in (8, 24)}
-
-    def lines(k):
-        return {method: (STEPS / 1000, scale.curve(known)) for (method, own), known in cells.items() if own == k}
-
-    panels = [Panel(title, STEPS_AXIS, lines(k)) for k, title in sizes.items()]
-    over_time(panels, NAMES, FIGURES / "freeze.png", "return: " + SCALE, mark=FREEZE_AT / 1000)
-    found = {key: scale(known) for key, known in cells.items()}
-    fill("freeze", by_method(intervals(found), sizes))
-    fill("freeze-drift", by_method(means(cells, *DRIFT), sizes))
-    fill("freeze-verdict", verdicts(by_place(found, sizes)))
-
-
-def lag():
-    scale, cells = Scale(), complete("lag", by_flag("--policy-lag"))
-    found = {key: scale(known) for key, known in cells.items()}
-    against(found, NAMES, FIGURES / "lag.png", "policy lag L, iterations")
-    columns = {n: f"L = {n}" for n in (0, 2, 8, 16)}
-    fill("lag", by_method(intervals(found), columns))
-    fill("lag-drift", by_method(means(cells, *DRIFT), columns))
-    fill("lag-verdict", verdicts(by_place(found, columns)))
-
-
-def sigma():
+def ablation() -> Texts:
     def key(run):
-        width, k = float(run.value("--sigma")), int(run.value("--buffer-epochs"))
-        return (k, float(run.value("--sigma-neg")) / width), width
+        flags = (run.value("--advantage-source", "vtrace"), kl_of(run), run.value("--sigma"))
+        return (run.method, *flags), int(run.value("--buffer-epochs"))
 
-    scale, cells = Scale(), complete("sigma", key)
-    found = {key: scale(known) for key, known in cells.items()}
-    lines = {(k, share): f"K = {k}, sigma_neg / sigma = {share:g}" for k in (1, 8) for share in (1, 0.5)}
-    looks = zip(("#0072B2", "#56B4E9", "#D55E00", "#E69F00"), ("-", "--", "-", "--"), strict=True)
-    styles = {line: (label, *look) for (line, label), look in zip(lines.items(), looks, strict=True)}
-    against(found, styles, FIGURES / "sigma.png", "sigma, in units of the joint log-ratio")
-    widths = sorted({width for _, width in cells})
-
-    def together(k, shares, own_widths):
-        wanted = [((k, share), width) for share in shares for width in own_widths]
-        whole = wanted and all(name in cells for name in wanted)
-        return number(scores.iqm_with_interval(pooled(scale, *map(cells.get, wanted)))) if whole else ""
-
-    columns = {(width,): f"{width:g}" for width in widths} | {tuple(widths): "all widths"}
-    by_width = [[lines[k, share], *(together(k, (share,), own) for own in columns)] for k, share in lines]
-    by_width += [[f"K = {k}, both", *(together(k, (1, 0.5), own) for own in columns)] for k in (1, 8)]
-    fill("sigma", table(["", *columns.values()], by_width))
-    drifts = means(cells, *DRIFT)
-    by_width = ([label, *(drifts.get((line, width), "") for width in widths)] for line, label in lines.items())
-    fill("sigma-drift", table(["", *(f"{width:g}" for width in widths)], by_width))
-    ess = []
-    for k in sorted({k for (k, share), _ in cells if share == 1}):
-        own = {width: scores.iqm_with_interval(found[(k, 1), width])[0] for width in widths if ((k, 1), width) in found}
-        best = max(own, key=own.get)
-        p95 = np.mean([float(row["abs_logratio_p95"]) for row in cells[(k, 1), best] if row["diverged"] != "1"])
-        s = evidence.drift(p95)
-        ess.append([f"K = {k}", f"{best:g}", f"{p95:.2g}", f"{s:.2g}", f"{evidence.widest_ess(s):.2f}"])
-    fill("sigma-ess", table(["", "best sigma", "its p95 of abs(log r)", "drift s", "sigma of the largest ESS"], ess))
-
-
-def unscaled(experiment: str, *columns: str) -> dict[tuple[str, tuple[str, int]], Rows]:
-    """Tables of columns as they are, beside random actions, and of the drift; returns the cells by method, (env, K)."""
-    cells = complete(experiment, env_and_k)
-    places = {place: f"{re.sub('^(ALE|MiniGrid|Meta-World)[/-]', '', place[0])}, K = {place[1]}" for _, place in cells}
-    for column in columns:
-        random = evidence.zeros(column)
-        texts = intervals({key: evidence.values(known, column, random) for key, known in cells.items()})
-        texts |= {("random", place): f"{random[place[0]]:.2f}" for place in places if place[0] in random}
-        fill(f"{experiment}-{column}", by_method(texts, places))
-    fill(f"{experiment}-drift", by_method(means(cells, *DRIFT), places))
-    return cells
-
-
-def compared(cells: dict[tuple[str, tuple[str, int]], Rows], column: str, digits: int = 2) -> str:
-    """Verdicts for each K, all its environments together."""
-    random, found = evidence.zeros(column), defaultdict(lambda: defaultdict(dict))
-    for (method, (_, k)), known in cells.items():
-        found[f"K = {k}"][method] |= evidence.values(known, column, random)
-    return verdicts(found, digits)
-
-
-def minigrid():
-    fill("minigrid-verdict", compared(unscaled("minigrid", "final_success"), "final_success"))
-
-
-def metaworld():
-    cells = unscaled("metaworld", "final_success", "final_return")
-    fill("metaworld-verdict", compared(cells, "final_success"))
-
-
-def atari():
-    cells = unscaled("atari", "final_return")
-    games = dict.fromkeys(env_id for _, (env_id, _) in cells)
-    draw_lines(cells, dict.fromkeys(games, ATARI_STEPS), FIGURES / "atari.png", "game score")
-    found, random = defaultdict(dict), evidence.zeros()
-    for (method, (env_id, k)), known in cells.items():
-        found[f"{env_id.split('/')[1]}, K = {k}"][method] = evidence.values(known, "final_return", random)
-    fill("atari-verdict", verdicts(found, 1))
-
-
-def peers():
-    scale, own = Scale(), complete("staleness", by_flag("--buffer-epochs"))
-    cells = {method: own[method, 1] for method in ("gipo", "clip") if (method, 1) in own}
-    cells |= complete("peers", lambda run: run.method)
-    minutes = {
-        m: np.median([float(row["seconds"]) for row in known if row["seconds"]]) / 60 for m, known in cells.items()
+    scale, cells = Scale(), complete("ablation", key)
+    widths = {kl: f"{tuned('gipo', kl)['sigma']:g}" for kl in (0, 0.03, KL, 0.3)}
+    sources = {"vtrace": "V-trace", "recompute": "recompute"}
+    terms = {("gipo", s, kl, widths[kl]): f"GIPO, {sources[s]}, KL {kl:g}" for s in sources for kl in widths}
+    sigmas = {("gipo", "vtrace", KL, f"{x:g}"): f"GIPO, V-trace, KL {KL:g}, sigma {x:g}" for x in (0.2, 0.5, 1, 2)}
+    clip = {line: "PPO-clip, recompute, no KL" for line, _ in cells if line[0] == "clip"}
+    found = {name: scale(known) for name, known in cells.items()}
+    colors = {1: "#0072B2", 8: "#D55E00", 32: "#009E73"}
+    styles = {
+        (s, k): (f"{name}, K = {k}", color, DASHES[s != "vtrace"])
+        for (s, name), (k, color) in itertools.product(sources.items(), colors.items())
     }
-    curves = {method: scale.curve(known) for method, known in cells.items()}
     panels = [
-        Panel("by data", STEPS_AXIS, {method: (STEPS / 1000, curve) for method, curve in curves.items()}),
-        Panel("by time", "minutes of a core", {method: (minutes[method], curve) for method, curve in curves.items()}),
+        Panel("", "weight of the KL term", {((x[1], k), x[2]): y for (x, k), y in found.items() if x in terms}),
+        Panel("", "sigma", {((x[1], k), float(x[3])): y for (x, k), y in found.items() if x in sigmas}),
     ]
-    over_time(panels, NAMES, FIGURES / "peers.png", "return: " + SCALE)
-    finals = intervals({method: scale(known) for method, known in cells.items()})
-    lines = ([LABELS[m], finals[m], f"{minutes[m]:.1f}"] for m in NAMES if m in cells)
-    fill("peers", table(["", "final return", "minutes"], lines))
+    against([panel for panel in panels if panel.lines], styles, FIGURES / "ablation.png")
+
+    def compare(ours, theirs, names):
+        return verdict(*(pooled(scale, cells, line, (8, 32)) for line in (ours, theirs)), "With K = 8 or 32", names)
+
+    default = ("gipo", "vtrace", KL, widths[KL])
+    said = [
+        compare(default, ("gipo", "recompute", KL, widths[KL]), ("GIPO with V-trace", "GIPO without")),
+        compare(default, ("gipo", "vtrace", 0, widths[0]), ("GIPO with KL", "GIPO without")),
+        *(compare(default, line, ("GIPO with KL and V-trace", "PPO-clip with neither")) for line in clip),
+    ]
+    columns = {k: f"K = {k}" for k in colors}
+    lines = terms | sigmas | clip
+    return {"ablation": cross(intervals(found), lines, columns), "ablation-verdict": sentences(said)}
 
 
-def rllib():
-    def key(run):
-        return run.method, *(
-            int(run.value(f"--{flag}")) for flag in ("buffer-batches", "buffer-reuse", "num-env-runners")
-        )
-
-    cells, zero = complete("rllib", key), defaultdict(float)
-    ages, drifts = means(cells, "age_mean"), means(cells, "abs_logratio_p95", "ess")
-    speeds = means(cells, "SPS", pattern="{:,.0f}")
-    returns = intervals({name: evidence.values(own, "final_return", zero) for name, own in cells.items()}, 0)
-    label = {"gipo": "GIPO", "clip": "APPO's clip"}
-    lines = []
-    for name in cells:
-        method, batches, reuse, actors = name
-        rule = f"{evidence.age(actors, reuse, measured_costs()):.2g}" if rows("costs") else ""
-        settings = [label[method], str(batches), str(reuse), str(actors)]
-        lines.append([*settings, returns[name], ages[name], rule, *drifts[name].split(" / "), speeds[name]])
-    head = ["", "batches", "reuse", "actors", "return", "age", "by the rule", "p95 of abs(log r)", "ESS", "steps/s"]
-    fill("rllib", table(head, lines))
+def freeze() -> Texts:
+    scale, cells = Scale(), complete("freeze", lambda run: (run.method, kl_of(run)))
+    panels = kl_panels(STEPS_AXIS, {line: (STEPS / 1000, scale.curve(known)) for line, known in cells.items()})
+    over_time(panels, STYLES, FIGURES / "freeze.png", "return: " + SCALE, mark=FREEZE_AT / 1000)
+    found = {line: scale(known) for line, known in cells.items()}
+    said = [
+        verdict(found.get(("gipo", kl), {}), found.get(("clip", kl), {}), f"{where} KL")
+        for kl, where in ((KL, "With"), (0, "Without"))
+    ]
+    texts = intervals({(line, "final return"): sample for line, sample in found.items()})
+    return {"freeze": cross(texts, LINES), "freeze-verdict": sentences(said)}
 
 
-def measured_costs() -> dict[str, float]:
-    return {row["quantity"]: float(row["value"]) for row in rows("costs")}
+def lag() -> Texts:
+    scale, cells = Scale(), complete("lag", by_flag("--policy-lag", "0"))
+    found = {key: scale(known) for key, known in cells.items()}
+    against(kl_panels("policy lag L, iterations", found, lambda key: key[0][1]), STYLES, FIGURES / "lag.png")
+    columns = {n: f"L = {n}" for n in sorted({n for _, n in found})}
+    pairs = {name: [found.get(((m, KL), n), {}) for m in ("gipo", "clip")] for n, name in columns.items()}
+    said = [verdict(*pair, f"With {name}") for name, pair in pairs.items()]
+    return {"lag": cross(intervals(found), LINES, columns), "lag-verdict": sentences(said)}
 
 
-def costs():
-    """What many actors can be expected to do, from the costs that were measured with one."""
-    known = measured_costs()
-    milliseconds = ("play", "receive", "batch", "update")
-    measured = [f"{1000 * known[f'{name}_seconds']:.3g} ms" for name in milliseconds]
+def peers() -> Texts:
+    scale, own = Scale(), complete("staleness", by_flag("--buffer-epochs"))
+    cells = {line: own[line, 1] for line in (("gipo", KL), ("clip", 0)) if (line, 1) in own}
+    cells |= complete("peers", lambda run: (run.method, None))
+    minutes = {x: np.median([float(r["seconds"]) for r in known if r["seconds"]]) / 60 for x, known in cells.items()}
+    curves = {line: scale.curve(known) for line, known in cells.items()}
+    panels = [
+        Panel("by data", STEPS_AXIS, {line: (STEPS / 1000, curve) for line, curve in curves.items()}),
+        Panel("by time", "minutes of a core", {line: (minutes[line], curve) for line, curve in curves.items()}),
+    ]
+    lines = {line: LABELS[line[0]] if line[1] is None else with_kl(line) for line in cells}
+    styles = {line: (label, *NAMES[line[0]][1:]) for line, label in lines.items()}
+    over_time(panels, styles, FIGURES / "peers.png", "return: " + SCALE)
+    texts = intervals({(line, "final return"): scale(known) for line, known in cells.items()})
+    texts |= {(line, "minutes"): f"{x:.1f}" for line, x in minutes.items()}
+    said = [
+        verdict(scale(cells["gipo", KL]), scale(cells[peer, None]), "At K = 1", ("GIPO", LABELS[peer]))
+        for peer in ("sb3-ppo", "sb3-sac")
+        if ("gipo", KL) in cells and (peer, None) in cells
+    ]
+    return {"peers": cross(texts, lines), "peers-verdict": sentences(said)}
+
+
+# ----------------------------------------------- The rest as it is measured ------------------------------------------
+def variant(run: Run) -> str:
+    """What sets runs of an environment apart, besides the method."""
+    if run.value("--buffer-reuse"):
+        return f"reuse {run.value('--buffer-reuse')}"
+    parts = [f"K = {run.value('--buffer-epochs')}"]
+    parts += [f"{name} = {run.value(flag)}" for name, flag in (("L", "--policy-lag"),) if run.value(flag)]
+    return ", ".join(parts)
+
+
+def raw_cells(experiment: str) -> dict[tuple[str, str, str], Rows]:
+    """Rows by method, environment and variant."""
+    return complete(experiment, lambda run: (run.method, run.value("--env-id"), variant(run)))
+
+
+def short(env_id: str) -> str:
+    return re.sub(r"^(ALE|MiniGrid|Meta-World)[/-]|(-N\d)?-v\d$", "", env_id)
+
+
+def draw_raw(cells: dict[tuple[str, str, str], Rows], path: Path, ylabel: str, labels: dict[str, str] = LABELS):
+    """Mean learning curves, a panel for each environment and a line for each method and variant."""
+    variants, panels = list(dict.fromkeys(name for *_, name in cells)), {}
+    for (method, env_id, name), known in cells.items():
+        panel = panels.setdefault(env_id, Panel(short(env_id), "share of the training", {}))
+        panel.lines[method, name] = 1, evidence.curves(known, evidence.zeros()).mean(0)
+    styles = {
+        (m, name): (f"{labels[m]}, {name}", NAMES[m][1], DASHES[variants.index(name) % len(DASHES)])
+        for m, _, name in cells
+    }
+    over_time(list(panels.values()), styles, path, ylabel)
+
+
+def raw_verdict(cells, column: str, digits: int = 2, pool: bool = False, names=("GIPO", "PPO-clip")) -> str:
+    """GIPO against PPO-clip in each place; environments are pooled where a column means the same in all of them."""
+    random, found = evidence.zeros(column), defaultdict(lambda: defaultdict(dict))
+    for (method, env_id, name), known in cells.items():
+        place = f"With {name}" if pool else f"{short(env_id)}, {name}:"
+        found[place][method] |= evidence.values(known, column, random)
+    return sentences(verdict(by["gipo"], by["clip"], place, names, digits) for place, by in found.items())
+
+
+def raw(experiment: str, column: str = "final_return", digits: int = 0, labels: dict[str, str] = LABELS) -> Texts:
+    """Figure, table and verdict of returns or successes as they are, beside random actions."""
+    cells, random = raw_cells(experiment), evidence.zeros(column)
+    draw_raw(cells, FIGURES / f"{experiment}.png", "return", labels)
+    samples = {key: evidence.values(known, column, random) for key, known in cells.items()}
+    places = {(env_id, name): f"{short(env_id)}, {name}" for _, env_id, name in cells}
+    texts = {((env_id, name), m): text for (m, env_id, name), text in intervals(samples, digits).items()}
+    texts |= {(place, "random"): f"{random[place[0]]:.{digits}f}" for place in places if place[0] in random}
+    columns = {m: label for m, label in labels.items() if any(m == method for _, method in texts)}
+    said = raw_verdict(cells, column, digits, column == "final_success", (labels["gipo"], labels["clip"]))
+    return {experiment: cross(texts, places, columns), f"{experiment}-verdict": said}
+
+
+def ant() -> Texts:
+    return raw("ant")
+
+
+def metaworld() -> Texts:
+    return raw("metaworld", "final_success", 2)
+
+
+def minigrid() -> Texts:
+    return raw("minigrid", "final_success", 2)
+
+
+def atari() -> Texts:
+    return raw("atari", digits=1)
+
+
+def rllib() -> Texts:
+    return raw("rllib", labels=LABELS | {"clip": "APPO's clip"})
+
+
+# --------------------------------------------------- Tuning and costs ------------------------------------------------
+def tune() -> Texts:
+    known, lines = group_scores("tune", tuning()), []
+    for line in LINES:
+        method, kl = line
+        for i, flags in enumerate(GRID[method]):
+            chosen = "chosen" if candidate(method, i, kl) == tuned(method, kl) else ""
+            lines.append([with_kl(line), f"`{' '.join(words(flags))}`", f"{known[method, i, kl]:.2f}", chosen])
+    return {"tune": table(["", "flags", "score", ""], lines)}
+
+
+def costs() -> Texts:
+    """What many actors of RLlib can be expected to do, from the costs that were measured with one."""
+    known = {row["quantity"]: float(row["value"]) for row in rows("costs")}
+    measured = [f"{1000 * known[f'{name}_seconds']:.3g} ms" for name in ("play", "receive", "batch", "update")]
     measured.append(f"{known['message_bytes'] / 1024:.0f} KiB")
     head = ["an actor plays a message", "it is received", "a batch is prepared", "gradient step", "size of a message"]
-    fill("costs", table(head, [measured]))
     lines = []
     for actors in (1, 2, 10, 100):
         steps, saturated = evidence.speed(actors, known)
         age = evidence.age(actors, int(known["reuse"]), known)
         lines.append([str(actors), f"{steps:,.0f}", "the learner" if saturated else "the actors", f"{age:.3g}"])
-    fill("costs-estimate", table(["actors", "steps/s", "limited by", "age"], lines))
+    estimate = table(["actors", "steps/s", "limited by", "age"], lines)
+    return {"costs": table(head, [measured]), "costs-estimate": estimate}
 
 
-def draw_lines(cells: dict[tuple[str, tuple[str, int]], Rows], steps: dict[str, int], path: Path, ylabel: str):
-    """Mean learning curves, a panel for each environment of `steps` and a line for each method and K."""
-    panels = [Panel(env_id, STEPS_AXIS, {}) for env_id in steps]
-    for (method, (env_id, k)), known in cells.items():
-        end = steps[env_id] / 1000
-        panels[list(steps).index(env_id)].lines[method, k] = end, evidence.curves(known, evidence.zeros()).mean(0)
-    lines = dict.fromkeys(line for panel in panels for line in panel.lines)
-    styles = {(m, k): (f"{LABELS[m]}, K = {k}", NAMES[m][1], "-" if k == 1 else "--") for m, k in lines}
-    over_time(panels, styles, path, ylabel)
+SECTIONS = (tune, staleness, ablation, freeze, lag, ant, metaworld, peers, minigrid, atari, rllib, costs)
 
 
 def main() -> int:
-    """Rewrite every figure and table; what has no rows is not run yet. Returns 2 if a section lacks its ground."""
+    """Make figure, table and verdict of every experiment that has rows. Returns 2 if one lacks its ground."""
     matplotlib.use("Agg")
-    for page in PAGES:
-        emptied = re.sub(
-            r"(<!-- ([\w-]+) -->\n).*?(<!-- end of \2 -->)", rf"\1{NOTHING}\n\3", page.read_text(), flags=re.DOTALL
-        )
-        page.write_text(emptied)
     code = 0
-    continuous = (tune, staleness, remedies, efficiency, ant, freeze, lag, sigma)
-    for section in (*continuous, minigrid, metaworld, atari, peers, rllib, costs):
+    for section in SECTIONS:
         try:
             if rows(section.__name__):
-                section()
+                for name, text in section().items():
+                    fill(name, text)
         except Missing as error:
             print(f"error: {section.__name__}: {error}", file=sys.stderr)
             code = 2

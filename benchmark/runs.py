@@ -8,6 +8,7 @@ diverged. A row holds what the run was, its score and its learning curve, so the
 import csv
 import fcntl
 import itertools
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -34,14 +36,20 @@ SETTINGS = (
     "env_id",
     "seed",
     "total_timesteps",
+    "num_envs",
     "num_steps",
     "num_minibatches",
+    "minibatch_size",
     "learning_rate",
     "buffer_epochs",
     "policy_lag",
     "freeze_buffer_at",
+    "advantage_source",
+    "kl_coef",
     "sigma",
-    "sigma_neg",
+    "clip_coef",
+    "sapo_tau",
+    "tis_cap",
     "buffer_batches",
     "buffer_reuse",
     "num_env_runners",
@@ -93,9 +101,9 @@ class Run:
     def command(self) -> str:
         return " ".join(["python", self.script, *self.arguments])
 
-    def value(self, flag: str) -> str:
-        """What an argument says that stands once in the command."""
-        return self.arguments[self.arguments.index(flag) + 1]
+    def value(self, flag: str, default: str | None = None) -> str | None:
+        """What an argument says that stands once in the command, or the default."""
+        return self.arguments[self.arguments.index(flag) + 1] if flag in self.arguments else default
 
     @property
     def folder(self) -> Path:
@@ -109,6 +117,12 @@ def rows(experiment: str) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def finished() -> dict[str, dict[str, str]]:
+    """The rows of all experiments by command, because one run may belong to several experiments."""
+    known = itertools.chain(*(rows(path.stem) for path in sorted(RESULTS.glob("*.csv"))))
+    return {row["command"]: row for row in known if "command" in row}
 
 
 def revision(*scripts: str) -> str:
@@ -140,14 +154,20 @@ def curve(points: list[tuple[int, float]], total: int, parts: int) -> np.ndarray
     return means[known[before.clip(min=0)]] if len(known) else means
 
 
+def settings(folder: Path) -> dict:
+    """The flags that a run had."""
+    if (folder / "checkpoint.pt").exists():
+        return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)["args"]
+    return json.loads((folder / "args.json").read_text())
+
+
 def row(run: Run, folder: Path) -> dict:
     """The row of a run that has ended, read from its log."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
-    table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
-    args = dict(line.strip("|").split("|", 1) for line in table.splitlines())
+    args = settings(folder)
     logged = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    total = int(args["total_timesteps"])
+    total = args["total_timesteps"]
 
     def last_tenth(tag):
         tail = [value for step, value in logged.get(tag, []) if step > 0.9 * total]
@@ -155,7 +175,7 @@ def row(run: Run, folder: Path) -> dict:
 
     returns = curve(logged.get("charts/episodic_return", []), total, CURVE_POINTS)
     found = {"command": run.command, "method": run.method, "diverged": 0}
-    found |= {name: args[name] for name in SETTINGS if args.get(name, "None") != "None"}
+    found |= {name: args[name] for name in SETTINGS if args.get(name) is not None}
     found |= {"final_return": last_tenth("charts/episodic_return"), "mean_return": f"{returns.mean():.6g}"}
     found["final_success"] = last_tenth("charts/success_rate")
     found |= {tag.split("/")[1]: last_tenth(tag) for tag in AT_THE_END}
@@ -195,7 +215,7 @@ def execute(run: Run) -> dict:
 
 def run_all(experiment: str, runs: Iterable[Run], dry_run: bool = False, workers: int | None = None) -> int:
     """Do what is not done yet, one run per core or `workers` at a time, and print what failed; returns how many did."""
-    done = {known["command"] for known in rows(experiment)}
+    done = finished()
     missing = [run for run in dict.fromkeys(runs) if run.command not in done]
     if dry_run:
         print(*(run.command for run in missing), sep="\n")
@@ -204,7 +224,7 @@ def run_all(experiment: str, runs: Iterable[Run], dry_run: bool = False, workers
     path, lock, failed = RESULTS / f"{experiment}.csv", threading.Lock(), 0
 
     def work(run: Run):
-        if run.command in {known["command"] for known in rows(experiment)}:
+        if run.command in finished():
             return  # another batch has done it meanwhile
         found = execute(run)
         with lock, path.open("a", newline="") as file:

@@ -6,6 +6,7 @@ PPO sees normalized observations and rewards, as its documentation advises for M
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -46,8 +47,7 @@ def main():
         model = SAC("MlpPolicy", envs, seed=args.seed, device="cpu")
     folder = Path("runs", f"{args.env_id}__{args.algorithm}__{args.seed}__{time.time_ns()}")
     writer = SummaryWriter(folder)
-    table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    (folder / "args.json").write_text(json.dumps(vars(args)))
     model.learn(args.total_timesteps, callback=LogEpisodes(writer))
     writer.close()
 

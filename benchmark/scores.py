@@ -51,21 +51,3 @@ def difference_with_interval(ours: Scores, theirs: Scores) -> tuple[float, float
 
     samples = [ours[env] for env in envs] + [theirs[env] for env in envs]
     return float(difference(*samples)), *interval(difference, *samples)
-
-
-def probability_of_improvement(ours: Scores, theirs: Scores) -> tuple[float, float, float]:
-    """Chance that a run of ours beats one of theirs in the same environment, ties half; mean over environments."""
-    envs = sorted(ours.keys() & theirs.keys())
-
-    def probability(*samples, axis=-1):
-        pairs = zip(samples[: len(envs)], samples[len(envs) :], strict=True)
-        wins = [_win_rate(x, y) for x, y in pairs]
-        return np.mean(wins, axis=0)
-
-    samples = [ours[env] for env in envs] + [theirs[env] for env in envs]
-    return float(probability(*samples)), *interval(probability, *samples)
-
-
-def _win_rate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Share of pairs along the last axis in which x is the larger one, ties half."""
-    return ((x[..., :, None] > y[..., None, :]) + 0.5 * (x[..., :, None] == y[..., None, :])).mean((-1, -2))

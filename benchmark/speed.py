@@ -2,11 +2,14 @@
 
     ./benchmark.sh speed            # one table on standard output, about half an hour on two idle cores
 
+The PPO of Stable-Baselines3 takes as many gradient steps of the same size; it has an environment of its own.
+
 Every configuration runs in a process of its own: a warm-up, then a fixed number of iterations under the clock. Its bare
 environment, under random actions, is timed right after it in the same process. All that is repeated in turn, so that a
 machine that changes its speed changes all of them; medians are shown. Compare ratios, not steps per second.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -18,34 +21,44 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
+from benchmark.experiments import PEERS
 from benchmark.scripts import ROOT, load, run_body
 
 # title: script, flags, iterations under the clock
 CONFIGURATIONS = {
-    "HalfCheetah, 10 x 32 minibatches of 64": ("gipo_continuous", "--num-minibatches 32", 15),
-    "HalfCheetah, 10 x 8 minibatches of 256": ("gipo_continuous", "--num-minibatches 8", 15),
-    "HalfCheetah, 10 x 32 minibatches of 64, --compile": ("gipo_continuous", "--num-minibatches 32 --compile", 15),
-    "HalfCheetah, 10 x 8 minibatches of 256, --compile": ("gipo_continuous", "--num-minibatches 8 --compile", 15),
     "HalfCheetah": ("gipo_continuous", "", 15),
+    "HalfCheetah, --compile": ("gipo_continuous", "--compile", 15),
     "HalfCheetah, K = 8": ("gipo_continuous", "--buffer-epochs 8", 15),
     "HalfCheetah, K = 32": ("gipo_continuous", "--buffer-epochs 32", 15),
-    "HalfCheetah, K = 8, stored": ("gipo_continuous", "--buffer-epochs 8 --advantage-source stored", 15),
+    "HalfCheetah, K = 32, recompute": ("gipo_continuous", "--buffer-epochs 32 --advantage-source recompute", 15),
     "HalfCheetah, K = 64, stored": ("gipo_continuous", "--buffer-epochs 64 --advantage-source stored", 15),
+    "HalfCheetah, 10 x 32 minibatches of 64": ("gipo_continuous", "--num-minibatches 32", 15),
+    "HalfCheetah, 10 x 32 minibatches of 64, --compile": ("gipo_continuous", "--num-minibatches 32 --compile", 15),
     "Meta-World reach": ("gipo_continuous", "--env-id Meta-World/reach-v3", 5),
     "Breakout": ("gipo_atari", "", 8),
+    "Breakout, --compile": ("gipo_atari", "--compile", 8),
     "Breakout, K = 8": ("gipo_atari", "--buffer-epochs 8", 4),
     "Breakout, K = 32": ("gipo_atari", "--buffer-epochs 32", 2),
-    "Breakout, --compile": ("gipo_atari", "--compile", 8),
+    "Breakout, K = 32, recompute": ("gipo_atari", "--buffer-epochs 32 --advantage-source recompute", 2),
     "Breakout, --bfloat16": ("gipo_atari", "--bfloat16", 1),  # slow on a CPU without AMX
     "MiniGrid Fetch": ("gipo_minigrid_vision", "", 20),
+    "MiniGrid Fetch, --compile": ("gipo_minigrid_vision", "--compile", 20),
     "MiniGrid Fetch, K = 8": ("gipo_minigrid_vision", "--buffer-epochs 8", 20),
     "MiniGrid Fetch, K = 32": ("gipo_minigrid_vision", "--buffer-epochs 32", 10),
-    "MiniGrid Fetch, --compile": ("gipo_minigrid_vision", "--compile", 20),
+    "MiniGrid Fetch, K = 32, recompute": (
+        "gipo_minigrid_vision",
+        "--buffer-epochs 32 --advantage-source recompute",
+        10,
+    ),
+    "HalfCheetah, Stable-Baselines3": ("gipo_continuous", "sb3", 15),
+    "Breakout, Stable-Baselines3": ("gipo_atari", "sb3", 8),
+    "MiniGrid Fetch, Stable-Baselines3": ("gipo_minigrid_vision", "sb3", 20),
 }
 PHASES = ("environment", "inference", "refresh", "update")
 BARE_SECONDS = 5.0
@@ -59,35 +72,49 @@ def now() -> float:
 
 
 class Clock:
-    """Adds up the seconds of each phase, by watching what the body of a script calls; the warm-up does not count."""
+    """Adds up the seconds of each phase, by watching what the body of a script calls, in the iterations that count.
 
-    def __init__(self, module, warmup: int):
-        self.seconds, self.iterations, self.warmup, self.updating_since = defaultdict(float), 0, warmup, 0.0
-        ((args, (make_envs, agent)),) = module.DOMAINS.items()
+    The update lasts from an iteration's first sample to update_statistics, so that what is compiled stays as it is.
+    """
+
+    def __init__(self, module, warmup: int, iterations: int):
+        self.seconds, self.watching, self.updating_since = defaultdict(float), False, 0.0
+        ((flags, (make_envs, agent)),) = module.DOMAINS.items()
         self.watch(agent, "get_action_and_value", "inference")
-        self.watch(agent, "get_value", "refresh")
-        self.watch(module, "compute_gae", "refresh")
+        self.watch(module, "refresh_advantages", "refresh")
         agent.update_statistics = self.update_ends(agent.update_statistics)
         module.ReplayBuffer.sample = self.update_starts(module.ReplayBuffer.sample)
-        module.tqdm = type("Progress", (module.tqdm,), {"update": self.iteration_ends(module.tqdm.update)})
+        clock = self
+
+        class Progress(module.tqdm):
+            def __iter__(self):
+                for i, iteration in enumerate(super().__iter__()):
+                    if i == warmup:
+                        clock.seconds.clear()
+                        clock.start = now()
+                    if i == warmup + iterations:
+                        clock.elapsed, clock.measured = now() - clock.start, dict(clock.seconds)
+                    yield iteration
 
         def make_watched_envs(*args, **kwargs):
             envs = make_envs(*args, **kwargs)
             self.watch(envs, "step", "environment")
             return envs
 
-        module.DOMAINS = {args: (make_watched_envs, agent)}
+        module.tqdm, module.DOMAINS = Progress, {flags: (make_watched_envs, agent)}
 
     def watch(self, owner, name: str, phase: str):
         function = getattr(owner, name)
 
         @wraps(function)
         def watched(*args, **kwargs):
-            if torch.is_grad_enabled() and phase != "environment":  # what learns belongs to the update
+            # what learns belongs to the update, what is called by a watched function to that one
+            if (phase == "inference" and torch.is_grad_enabled()) or self.watching:
                 return function(*args, **kwargs)
-            start = now()
+            start, self.watching = now(), True
             result = function(*args, **kwargs)
             self.seconds[phase] += now() - start
+            self.watching = False
             return result
 
         setattr(owner, name, watched)
@@ -106,18 +133,6 @@ class Clock:
             self.seconds["update"] += now() - self.updating_since if self.updating_since else 0.0
             self.updating_since = 0.0
             return update_statistics(*args)
-
-        return watched
-
-    def iteration_ends(self, update):
-        @wraps(update)
-        def watched(*args):
-            self.iterations += 1
-            if self.iterations == self.warmup:
-                self.seconds.clear()
-                self.start = now()
-            self.elapsed = now() - self.start if self.iterations > self.warmup else 0.0
-            return update(*args)
 
         return watched
 
@@ -144,23 +159,36 @@ def bare_speed(envs) -> float:
 
 def measure(title: str):
     """Time one configuration in this process and print what was found as a line of JSON."""
-    script, flags, iterations = CONFIGURATIONS[title]
+    script, words, iterations = CONFIGURATIONS[title]
     module = load(script)
-    sys.argv = [script, *flags.split()]
-    args = module.parse_args()
-    warmup = args.buffer_epochs + 1  # the buffer is full then
-    total = (warmup + iterations) * args.batch_size
-    sys.argv += ["--total-timesteps", str(total), "--eval-episodes", "0", "--checkpoint-interval", "0"]
-    clock = Clock(module, warmup)
+    sys.argv = [script, *words.split(), "--eval-episodes", "0", "--checkpoint-interval", "1000000"]
+    args, _ = module.read_args()
+    warmup, batch = args.buffer_epochs + 1, args.num_steps * args.num_envs  # the buffer is full then
+    # one more iteration, because the last one saves a checkpoint
+    sys.argv += ["--total-timesteps", str((warmup + iterations + 1) * batch)]
+    clock = Clock(module, warmup, iterations)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         run_body(module)
-    found = {phase: clock.seconds[phase] / clock.elapsed for phase in PHASES}
-    found["steps"] = iterations * args.batch_size / clock.elapsed
+    found = {phase: clock.measured[phase] / clock.elapsed for phase in PHASES}
+    found["steps"] = iterations * batch / clock.elapsed
     found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     found["buffer_mb"] = sum(tensor.nbytes for tensor in module.buffer.state_dict().values()) / 2**20
-    found["bare"] = bare_speed(module.make_envs(args))
+    found["bare"] = bare_speed(module.make_envs(args, args.num_envs, 1))
     print(json.dumps(found))
+
+
+def command(title: str) -> list[str]:
+    """What measures a configuration."""
+    script, words, iterations = CONFIGURATIONS[title]
+    if words != "sb3":
+        return [sys.executable, "-m", "benchmark.speed", "--measure", title]
+    args = next(iter(load(script).DOMAINS))()
+    rollout = args.num_envs * args.num_steps
+    numbers = {"envs": args.num_envs, "steps": args.num_steps, "epochs": args.update_epochs}
+    numbers |= {"batch": args.minibatch_size or rollout // args.num_minibatches, "iterations": iterations}
+    flags = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+    return [str(PEERS), "benchmark/sb3_speed.py", "--env-id", args.env_id, *flags]
 
 
 @dataclass
@@ -184,21 +212,26 @@ def main(args: Args):
     if args.measure:
         return measure(args.measure)
     found = defaultdict(list)
-    for repetition in range(args.repetitions):
-        for title in args.titles:
+    for repetition, title in itertools.product(range(args.repetitions), args.titles):
+        if Path(command(title)[0]).exists():
             print(f"{repetition + 1}/{args.repetitions} {title}", file=sys.stderr)
-            command = [sys.executable, "-m", "benchmark.speed", "--measure", title]
-            result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+            result = subprocess.run(command(title), cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
             found[title].append(json.loads(result.stdout.splitlines()[-1]))
+        elif repetition == 0:
+            print(
+                f"{title} is skipped: ./benchmark.sh peers --dry-run makes the environment that it needs.",
+                file=sys.stderr,
+            )
     columns = ["steps/s", "bare", "ratio", *PHASES, "rest", "peak MB", "buffer MB"]
     print(f"| configuration | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for title, runs in found.items():
         median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        ratio = statistics.median(run["steps"] / run["bare"] for run in runs)
-        shares = [median[phase] for phase in PHASES]
-        cells = [f"{median['steps']:,.0f}", f"{median['bare']:,.0f}", f"{ratio:.1%}"]
-        cells += [f"{share:.0%}" for share in [*shares, 1 - sum(shares)]]
-        cells += [f"{median['peak_mb']:,.0f}", f"{median['buffer_mb']:,.0f}"]
+        cells = [f"{median['steps']:,.0f}", *[""] * (len(columns) - 1)]
+        if "bare" in median:
+            shares = [median[phase] for phase in PHASES]
+            ratio = statistics.median(run["steps"] / run["bare"] for run in runs)
+            cells[1:] = [f"{median['bare']:,.0f}", f"{ratio:.1%}", *(f"{x:.0%}" for x in [*shares, 1 - sum(shares)])]
+            cells += [f"{median['peak_mb']:,.0f}", f"{median['buffer_mb']:,.0f}"]
         print(f"| {title} | {' | '.join(cells)} |")
 
 

@@ -9,7 +9,7 @@ The script is loaded as a module, the variant puts its loss and its flags into i
 
 import math
 import sys
-from dataclasses import field, make_dataclass
+from dataclasses import field, make_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -111,8 +111,8 @@ VARIANTS = LOSSES | PATCHES
 def load_variant(name: str, script: str = "ppo_baseline") -> ModuleType:
     """A script as a module, changed to a variant, whose body has not run; `KeyError` if there is no such variant."""
     module, (change, *flags) = load(script), VARIANTS[name]
-    # a field of its own keeps a checkpoint from being resumed as another variant
-    fields = [(f"variant_{name.replace('-', '_')}", tyro.conf.Suppress[bool], field(default=True))]
+    mark = f"variant_{name.replace('-', '_')}"  # a field that keeps a checkpoint from being resumed as another method
+    fields = [(mark, tyro.conf.Suppress[bool], field(default=True))]
     fields.append(("exp_name", str, field(default=f"{script}-{name}")))
     for flag in flags:
         default, low, high, meaning = FLAGS[flag]
@@ -123,6 +123,13 @@ def load_variant(name: str, script: str = "ppo_baseline") -> ModuleType:
         for cls, parts in module.DOMAINS.items()
     }
     module.__doc__ = f"{change.__doc__.splitlines()[0]} In the place of PPO-clip in {script}.py."
+
+    def replace_same(args, **saved):
+        if mark not in saved:
+            raise TypeError("it is of another method")
+        return replace(args, **saved)
+
+    module.replace = replace_same
     if name in PATCHES:
         change(module)
     else:

@@ -1,9 +1,11 @@
 """The agent's view is the library's picture, pixel by pixel, and its words are the mission's."""
 
+import re
+
 import gymnasium as gym
 import numpy as np
 import pytest
-from harness import load
+from harness import flags, load
 from minigrid.wrappers import RGBImgPartialObsWrapper
 
 script = load("gipo_minigrid_vision")
@@ -50,14 +52,16 @@ def test_every_mission_of_the_library_is_covered():
             env.reset(seed=seed)  # an unknown word would raise
 
 
-def test_an_unknown_word_is_one_clear_sentence():
+def test_an_unknown_word_is_one_clear_sentence(capsys):
     class Foreign(gym.ObservationWrapper):
         def observation(self, obs):
             return obs | {"mission": "fetch the zeppelin"}
 
-    env = script.PixelsAndWords(Foreign(gym.make("MiniGrid-Fetch-5x5-N2-v0")), "")
-    with pytest.raises(script.BadInput, match=r"zeppelin.*VOCABULARY"):
+    env = script.PixelsAndWords(Foreign(gym.make("MiniGrid-Fetch-5x5-N2-v0")), "Foreign-v0")
+    with pytest.raises(SystemExit, match="2"):
         env.reset()
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"error: --env-id Foreign-v0: .*zeppelin.*VOCABULARY.*", sentence)
 
 
 def test_a_long_mission_loses_its_end():
@@ -76,7 +80,7 @@ def test_actions_by_task():
         "BabyAI-GoTo-v0": 7,
         "MiniGrid-DoorKey-5x5-v0": 7,
     }.items():
-        envs = script.make_minigrid_envs(script.MinigridArgs(env_id=env_id, num_envs=1))
+        envs = script.make_minigrid_envs(flags(script, env_id=env_id), 1, seed=0)
         assert envs.single_action_space.n == count
     envs = script.PixelsAndWords(gym.make("MiniGrid-GoToDoor-5x5-v0"), "MiniGrid-GoToDoor-5x5-v0")
     envs.reset(seed=0)

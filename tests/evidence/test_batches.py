@@ -1,13 +1,14 @@
 """The batches of the evidence: nothing is run twice, nothing fails unnoticed, a row says what its run's log says."""
 
 import fcntl
+import itertools
 import sys
 from subprocess import CalledProcessError
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from harness import ROOT, scalars
+from harness import ROOT, load, load_variant, scalars
 
 from benchmark import experiments, runs
 
@@ -33,7 +34,7 @@ def test_a_batch(places, monkeypatch, capsys):
     assert runs.run_all("probe", [good, bad]) == 1
     error = capsys.readouterr().err
     assert f"failed: {bad.command}" in error and f"failed: {good.command}" not in error
-    assert "did you mean Clock-v0" in (bad.folder / "log.txt").read_text()
+    assert "Did you mean: `Clock`" in (bad.folder / "log.txt").read_text()
     (row,) = runs.rows("probe")
     logged = scalars(good.folder)
     assert good.folder in kept and bad.folder not in kept
@@ -43,6 +44,7 @@ def test_a_batch(places, monkeypatch, capsys):
     assert float(row["ess"]) == pytest.approx(np.mean(ess), rel=1e-5)
     assert float(row["final_success"]) == 1
     assert row["command"] == good.command and row["env_id"] == "probes:Clock-v0" and row["sigma"] == "0.5"
+    assert row["kl_coef"] == "0.1" and row["advantage_source"] == "vtrace" and row["minibatch_size"] == ""
     assert len(row["curve"].split()) == runs.CURVE_POINTS
     assert float(row["mean_return"]) == pytest.approx(np.mean([float(v) for v in row["curve"].split()]), rel=1e-4)
 
@@ -77,14 +79,12 @@ def process(places, monkeypatch):
     [
         ("gipo", []),
         ("clip", ["continuous"]),
-        ("decoupled", ["continuous"]),
-        ("KL", ["ppo_baseline.py", "continuous"]),
+        ("sapo", ["sapo", "ppo_baseline.py", "continuous"]),
+        ("decoupled", ["decoupled", "ppo_baseline.py", "continuous"]),
     ],
 )
 def test_an_interrupted_run_goes_on_with_the_same_code_only(method, positional, process):
     run = experiments.run(method, "Hopper-v5", 1)
-    if method == "KL":
-        run = runs.Run(method, "benchmark/with_kl.py", (*positional, "--env-id", "Hopper-v5"))
     assert runs.execute(run)["seconds"] == 0  # and leaves its folder, as an interrupted one would
     saved = run.folder / "runs" / "one"
     (saved / "checkpoint.pt").touch()
@@ -98,7 +98,10 @@ def test_an_interrupted_run_goes_on_with_the_same_code_only(method, positional, 
 
 def test_a_run_whose_loss_is_not_finite_has_a_row(process):
     run = probe("probes:Clock-v0", 1)
-    process.code, process.output = 1, "error: the run stops: loss or gradient not finite in iteration 3\n"
+    process.code, process.output = (
+        1,
+        "error: ['losses/kl'] not finite in iteration 3; runs/one keeps its last checkpoint.\n",
+    )
     assert runs.execute(run) | {"seconds": 0} == {
         "final_return": "",
         "final_success": "",
@@ -127,41 +130,119 @@ def test_curve():
     assert runs.curve([(50, 4.0)], 100, 4).tolist() == [4, 4, 4, 4]
 
 
-def test_tuning_takes_the_best_mean_of_scaled_returns(monkeypatch):
-    values = {"Swimmer-v5": 40.0, "Reacher-v5": -10.0, "InvertedDoublePendulum-v5": 8000.0}
-    best = ("--sigma", "1.0", "--learning-rate", "1e-3")
+def test_a_variant_has_its_flags_in_its_row(places):
+    flags = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "total_timesteps": 32}
+    run = experiments.run("sapo", "probes:Clock-v0", 1, kl_coef=0, sapo_tau=0.7, **flags)
+    assert runs.run_all("probe", [run]) == 0
+    (row,) = runs.rows("probe")
+    assert (
+        row["method"] == "sapo" and row["sapo_tau"] == "0.7" and row["clip_coef"] == "0.2" and row["kl_coef"] == "0.0"
+    )
+
+
+def test_without_a_checkpoint_the_flags_are_in_a_file(tmp_path):
+    (tmp_path / "args.json").write_text('{"env_id": "Hopper-v5", "sigma": null}')
+    assert runs.settings(tmp_path) == {"env_id": "Hopper-v5", "sigma": None}
+
+
+def test_what_another_experiment_has_run_is_not_run_again(process, monkeypatch):
+    run = probe("probes:Clock-v0", 1)
+    monkeypatch.setattr(runs, "row", lambda run, folder: {"command": run.command})
+    process.code, process.output = 1, "not finite"
+    assert runs.run_all("one", [run]) == runs.run_all("other", [run]) == 0
+    assert len(process.commands) == 1 and runs.rows("other") == []
+
+
+def tuning_rows(finals):
+    """Rows of the tuning, in which `finals` gives the return, from 0 to 1, of (method, flags, environment)."""
+    units = {"Swimmer-v5": (0.0, 40.0), "Reacher-v5": (-50.0, 40.0), "InvertedDoublePendulum-v5": (0.0, 8000.0)}
     known = []
     for run in experiments.tune():
-        env_id = run.arguments[run.arguments.index("--env-id") + 1]
-        good = run.method == "gipo" and run.arguments[-6:-2] == best
+        env_id = run.value("--env-id")
+        low, unit = units[env_id]
+        final = low + unit * finals(run, env_id)
+        known.append({"command": run.command, "env_id": env_id, "final_return": str(final)})
+    return known
+
+
+def test_tuning_takes_the_best_mean_of_scaled_returns(monkeypatch):
+    def finals(run, env_id):
+        flags = run.value("--sigma"), run.value("--kl-coef")
+        if flags in (("1", "0.1"), ("0.3", "0")):  # the best differ with KL and without
+            return 0.8
         # one setting shines in a single environment, whose numbers are the largest
-        lucky = run.arguments[-6:-2] == ("--sigma", "0.2", "--learning-rate", "1e-3") and values[env_id] > 100
-        scale = 0.8 if good else 1.0 if lucky else 0.1 if run.method == "gipo" else 0.05
-        low = -50.0 if env_id == "Reacher-v5" else 0.0
-        known.append({"command": run.command, "env_id": env_id, "final_return": low + scale * (values[env_id] - low)})
+        lucky = flags == ("0.5", "0.1") and env_id == "InvertedDoublePendulum-v5"
+        return 1.0 if lucky else 0.1 if run.method == "gipo" else 0.05
+
+    known = tuning_rows(finals)
     monkeypatch.setattr(experiments, "rows", lambda experiment: known)
-    assert experiments.tuned("gipo") == best
-    for row, run in zip(known, experiments.tune(), strict=True):
-        if run.method == "gipo" and run.arguments[-6:-2] == best:
+    assert experiments.tuned("gipo") == {"learning_rate": 1e-3, "sigma": 1.0, "kl_coef": 0.1}
+    assert experiments.tuned("gipo", 0.3) == {"learning_rate": 1e-3, "sigma": 1.0, "kl_coef": 0.3}
+    assert experiments.tuned("gipo", 0) == {"learning_rate": 1e-3, "sigma": 0.3, "kl_coef": 0}
+    for row, run in zip(known, experiments.tune()):
+        if run.value("--sigma") == "1" and run.value("--kl-coef") == "0.1":
             row["final_return"] = ""  # diverged
-    assert experiments.tuned("gipo") != best
+    assert experiments.tuned("gipo")["sigma"] == 0.5
     monkeypatch.setattr(experiments, "rows", lambda experiment: known[1:])
     with pytest.raises(runs.Missing, match="tune first"):
         experiments.tuned("gipo")
 
 
-def test_tuning_shares_nothing_with_what_is_reported(monkeypatch):
-    monkeypatch.setattr(experiments, "tuned", lambda method: experiments.candidates(method)[0])
-    monkeypatch.setattr(experiments, "searched", lambda: {key[:2]: key[2] for key in experiments.searching()})
-    tuning, search = list(experiments.tune()), list(experiments.search())
-    names = experiments.EXPERIMENTS.keys() - {"tune", "search"}
-    reported = [run for name in names for run in experiments.EXPERIMENTS[name]()]
+def test_plain_importance_sampling_tunes_its_learning_rate(monkeypatch):
+    known = tuning_rows(lambda run, env_id: float(run.value("--learning-rate") == "0.002"))
+    monkeypatch.setattr(experiments, "rows", lambda experiment: known)
+    assert experiments.tuned("none") == {"learning_rate": 2e-3, "kl_coef": 0.1}
+
+
+@pytest.fixture
+def untuned(monkeypatch):
+    """As if the first candidate of each method were the best."""
+    monkeypatch.setattr(experiments, "tuned", lambda method, kl=0.1: experiments.candidate(method, 0, kl))
+    monkeypatch.setattr(experiments, "group_scores", lambda experiment, groups: dict.fromkeys(groups, 0.0))
+
+
+def test_tuning_shares_nothing_with_what_is_reported(untuned):
+    names = experiments.EXPERIMENTS.keys() - {"tune", "rllib-tune"}
+    reported = {name: list(experiments.EXPERIMENTS[name]()) for name in names}
 
     def values(batch, flag):
-        return {run.arguments[run.arguments.index(flag) + 1] for run in batch}
+        return {run.value(flag) for run in batch}
 
+    tuning, everything = list(experiments.tune()), list(itertools.chain(*reported.values()))
     for flag in ("--env-id", "--seed"):
-        assert not values(tuning + search, flag) & values(reported, flag)
+        assert not values(tuning, flag) & values(everything, flag)
+    assert not values(experiments.rllib_tune(), "--seed") & values(everything, "--seed")
     budgets = {method: sum(run.method == method for run in tuning) for method in experiments.METHODS}
     assert len(set(budgets.values())) == 1
     assert len(tuning) == len(set(tuning))
+    assert values(everything, "--env-id") == set(experiments.REPORTED)  # whose random actions are known
+
+
+def test_one_run_has_one_command_in_all_experiments(untuned):
+    """V-trace with and without KL, no lag: the ablation and the lag take these from the staleness."""
+    plans = {name: set(experiments.EXPERIMENTS[name]()) for name in ("staleness", "ablation", "lag")}
+    assert len(plans["ablation"] & plans["staleness"]) == 2 * 3 * 3 * 5
+    assert len(plans["lag"] & plans["staleness"]) == 6 * 3 * 5
+
+
+def test_quick_takes_the_defaults_and_needs_no_tuning(monkeypatch):
+    monkeypatch.setattr(experiments, "rows", lambda experiment: [])
+    flags = {word for run in experiments.quick() for word in run.arguments if word.startswith("--")}
+    assert flags == {"--env-id", "--seed", "--buffer-epochs", "--total-timesteps", "--eval-episodes"}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in experiments.EXPERIMENTS if name not in ("peers", "rllib", "rllib-tune")]
+)
+def test_every_command_is_one_that_its_script_takes(name, untuned, monkeypatch):
+    seen = {}
+    for run in experiments.EXPERIMENTS[name]():
+        flags = tuple(word for word in run.arguments if word.startswith("--"))
+        seen.setdefault((run.method, run.script, flags), run)  # one of each kind
+    for run in seen.values():
+        method, *words = run.arguments if run.script == "benchmark/variants.py" else (None, run.script, *run.arguments)
+        script, *words = words
+        module = load_variant(method) if method else load(script.removesuffix(".py"))
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        args, _ = module.read_args()
+        assert args.env_id == run.value("--env-id") and args.eval_episodes == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from harness import ROOT
 
-from benchmark import experiments, random_returns, runs, speed
+from benchmark import random_returns, runs, speed
 
 
 def test_speed_accounts_for_the_time(monkeypatch, tmp_path, capsys):
@@ -23,9 +23,23 @@ def test_speed_accounts_for_the_time(monkeypatch, tmp_path, capsys):
     shares = [found[phase] for phase in speed.PHASES]
     assert all(share > 0 for share in shares) and 0.5 < sum(shares) < 1
     assert found["bare"] > found["steps"] > 0
-    # 2 rollouts of 33 x 2 rows: observation 17, action 6, five numbers, three truth values; versions and the slot
-    assert found["buffer_mb"] * 2**20 == 2 * 33 * 2 * (4 * (17 + 6 + 5) + 3) + 8 * 3
+    # 2 rollouts of 33 x 2 rows: observation 17, action 6, five numbers, three truth values; versions
+    assert found["buffer_mb"] * 2**20 == 2 * 33 * 2 * (4 * (17 + 6 + 5) + 3) + 8 * 2
     assert found["peak_mb"] > 100
+
+
+def test_the_peer_takes_gradient_steps_of_the_same_number_and_size(monkeypatch, capsys):
+    titles = [title for title in speed.CONFIGURATIONS if title.endswith("Stable-Baselines3")]
+    found = {title: " ".join(speed.command(title)) for title in titles}
+    assert len(found) == 3
+    assert found["HalfCheetah, Stable-Baselines3"].endswith(
+        "--env-id HalfCheetah-v5 --envs 8 --steps 256 --epochs 10 --batch 128 --iterations 15"
+    )
+    assert "--envs 16 --steps 64 --epochs 4 --batch 256" in found["MiniGrid Fetch, Stable-Baselines3"]
+    monkeypatch.setattr(speed, "PEERS", Path("nowhere"))
+    speed.main(speed.Args(only="Stable-Baselines3"))
+    printed = capsys.readouterr()
+    assert printed.err.count("is skipped") == 3 and len(printed.out.splitlines()) == 2
 
 
 @pytest.mark.parametrize("arguments", [[], ["sped"], ["speed", "--only", "Chess"]])
@@ -37,12 +51,23 @@ def test_bad_input(arguments):
     assert result.stderr and "Traceback" not in result.stderr
 
 
+def test_without_the_environment_of_the_scripts(tmp_path):
+    """A Python that has none of the packages, and one sentence."""
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    for arguments in ([], ["quick"], ["staleness", "--dry-run"]):
+        result = subprocess.run([ROOT / "benchmark.sh", *arguments], env=environment, capture_output=True, text=True)
+        assert result.returncode == 2 and result.stdout == ""
+        assert result.stderr.startswith("error: activate") and result.stderr.count("\n") == 1
+
+
 def test_random_actions_have_a_return(monkeypatch, tmp_path):
-    plan = [experiments.run("clip", env_id, 1) for env_id in ("Hopper-v5", "MiniGrid-Empty-5x5-v0")]
-    monkeypatch.setattr(random_returns, "EXPERIMENTS", {"any": lambda: plan})
+    monkeypatch.setattr(random_returns, "REPORTED", ("CartPole-v1", "Hopper-v5", "MiniGrid-Empty-5x5-v0"))
     monkeypatch.setattr(random_returns, "EPISODES", 2)
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
-    assert random_returns.main() == 0
-    hopper, grid = runs.rows("random")
+    random_returns.main()
+    cartpole, hopper, grid = runs.rows("random")
+    assert 8 <= float(cartpole["final_return"]) < 100
     assert float(hopper["final_return"]) > 0 and hopper["final_success"] == ""
     assert 0 <= float(grid["final_success"]) <= 1

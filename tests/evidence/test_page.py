@@ -16,7 +16,7 @@ axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the p
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page's tests need chromium or google-chrome on the PATH")
 
-PAGE = Path(__file__).parents[1] / "docs" / "index.html"
+PAGE = Path(__file__).parents[2] / "docs" / "index.html"
 SETTINGS = [  # method, flags; no grid point lies on an edge of a band, where rounding decides
     ("none", {}),
     *[("gipo", {"sigma": sigma, "sigma_neg": neg}) for sigma, neg in ((0.5, 0.5), (0.1, 1.0), (3.0, 0.2))],
