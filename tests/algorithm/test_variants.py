@@ -36,7 +36,7 @@ def refused(module, monkeypatch, folder, argv, capsys) -> str:
 def test_a_variant_changes_the_loss_and_the_flags_alone(name, script):
     plain, module = load(script), load_variant(name, script)
     own = {key for key, value in vars(module).items() if getattr(value, "__module__", "") == "benchmark.variants"}
-    assert own == {"minibatch_loss" if name in PATCHES else "policy_loss"}
+    assert own == {"minibatch_loss" if name in PATCHES else "policy_loss", "replace"}  # which guards a resume
     texts = [
         {key: inspect.getsource(value) for key, value in vars(m).items() if inspect.isfunction(value)}
         for m in (plain, module)
