@@ -286,11 +286,10 @@ def exit_on_error(what, code=2):
 
 def save_checkpoint(folder, iteration, args, parts):
     """Save all but the environments; a rename puts it in place, so that no crash leaves half a file."""
-    checkpoint = {name: part.state_dict() for name, part in parts.items()}
+    checkpoint = {name: part.state_dict() for name, part in parts.items()} | {"iteration": iteration}
     checkpoint["args"] = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-    checkpoint["iteration"] = iteration
     checkpoint["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-    with exit_on_error(f"{folder} keeps its last checkpoint, because the new one cannot be written", code=1):
+    with exit_on_error(f"{folder}: the checkpoint cannot be written; an earlier one stays as it is", code=1):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "checkpoint.tmp").open("wb") as file:
             torch.save(checkpoint, file)
@@ -318,22 +317,22 @@ class Episodes:
     """Return, length and success of the episodes of N environments; a success at any step counts."""
 
     def __init__(self, num_envs):
-        self.running = np.array([[0.0], [0.0], [np.nan]]).repeat(num_envs, 1)  # nan: none reported yet
-        self.ended = []
+        self.running = np.zeros((3, num_envs))
+        self.ended, self.names = [], ["episodic_return", "episodic_length"]
 
     def step(self, rewards, valid, dones, infos):
         """Count a step of all environments, (N,) each; `ended` takes the episodes that are done with it."""
         self.running[:2] += (rewards * valid, valid)
         for i in np.flatnonzero(infos.get("_success", False) & valid):
-            if isinstance(infos["success"][i], (int, float, np.bool_, np.number)):
-                self.running[2, i] = np.fmax(self.running[2, i], infos["success"][i] > 0)
+            if np.ndim(infos["success"]) and isinstance(infos["success"][i], (int, float, np.generic)):
+                self.running[2, i] = max(self.running[2, i], infos["success"][i] > 0)
+                self.names[2:] = ["success_rate"]
         self.ended += self.running[:, dones].T.tolist()
-        self.running[:, dones] = [[0], [0], [np.nan]]
+        self.running[:, dones] = 0
 
     def means(self, prefix):
-        """Means over the episodes that ended, by tag."""
-        columns = zip(("episodic_return", "episodic_length", "success_rate"), zip(*self.ended))
-        return {prefix + name: np.nan_to_num(x).mean().item() for name, x in columns if not np.isnan(x).all()}
+        """Means over the episodes that ended, by tag; that of success once the environment has reported one."""
+        return {prefix + name: float(np.mean(column)) for name, column in zip(self.names, zip(*self.ended))}
 
 
 @torch.no_grad()
@@ -735,7 +734,7 @@ def read_args():
         with exit_on_error(f"{folder} has no checkpoint of this script and edition"):
             damaged = zipfile.ZipFile(folder / "checkpoint.pt").testzip()  # torch.load does not notice flipped bits
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            require(not damaged, f"{folder / 'checkpoint.pt'} is damaged.")
+            require(not damaged and checkpoint["iteration"] >= 0, f"{folder / 'checkpoint.pt'} is damaged.")
             args = replace(args, **checkpoint["args"])
         args = tyro.cli(Flags, description=__doc__, default=args)
 

@@ -1,0 +1,21 @@
+"""Fixtures that the tests of whole runs share."""
+
+import pytest
+from harness import run
+
+
+@pytest.fixture
+def refused(monkeypatch, tmp_path, capsys):
+    """Runs a loaded script that must exit with one sentence on a line of its own; returns the sentence."""
+
+    def refused(module, argv, code=2):
+        with pytest.raises(SystemExit) as stop:
+            run(module, monkeypatch, tmp_path, argv)
+        assert stop.value.code == code
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        (sentence,) = [line for line in message.splitlines() if "error: " in line]
+        assert sentence.startswith("error: ")
+        return sentence
+
+    return refused
