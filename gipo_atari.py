@@ -309,7 +309,7 @@ def stream_seed(seed, part):
 
 def start_envs(make_envs, args, num_envs, seed, **render):
     """Make and reset environments of the seeds `seed`, `seed` + 1, ..."""
-    with exit_on_error("--capture-video" if render else f"--env-id {args.env_id}"):
+    with exit_on_error(f"--capture-video: {args.env_id} cannot be drawn" if render else f"--env-id {args.env_id}"):
         envs = make_envs(args, num_envs, seed, **render)
         obs, _ = envs.reset(seed=seed)
         require(not render or np.ndim(envs.render()[0]) == 3, f"--capture-video: {args.env_id} draws no picture.")

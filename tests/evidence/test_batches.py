@@ -27,6 +27,7 @@ def places(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_batch(places, monkeypatch, capsys):
     good, bad = probe("probes:Clock-v0", 1), probe("probes:Clok-v0", 1)
     kept = []
@@ -130,6 +131,7 @@ def test_curve():
     assert runs.curve([(50, 4.0)], 100, 4).tolist() == [4, 4, 4, 4]
 
 
+@pytest.mark.slow
 def test_a_variant_has_its_flags_in_its_row(places):
     flags = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 1, "total_timesteps": 32}
     run = experiments.run("sapo", "probes:Clock-v0", 1, kl_coef=0, sapo_tau=0.7, **flags)

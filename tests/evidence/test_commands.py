@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from harness import ROOT
 
 from benchmark import experiments
@@ -59,6 +60,7 @@ def test_every_experiment_has_a_plan(monkeypatch, capsys):
         assert "--seed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_commands_run(tmp_path):
     ran = 0
     for command in commands():

@@ -45,6 +45,7 @@ def last_length(code: str) -> float:
     return float(output.rsplit(maxsplit=1)[-1])
 
 
+@pytest.mark.slow
 def test_the_three_line_change_turns_a_plain_ppo_into_gipo():
     diff = re.search(r"```diff\n(.*?)```", (ROOT / "docs" / "gipo.md").read_text(), re.DOTALL)[1].splitlines()
     code = (ROOT / "tests" / "plain_ppo.py").read_text()

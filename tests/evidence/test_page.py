@@ -14,7 +14,10 @@ from analysis import common, surrogates
 playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the page's tests need axe-playwright-python")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page's tests need chromium or google-chrome on the PATH")
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="the page's tests need chromium or google-chrome on the PATH"
+)
+pytestmark = [needs_chromium, pytest.mark.slow]
 
 PAGE = Path(__file__).parents[2] / "docs" / "index.html"
 SETTINGS = [  # method, flags; no grid point lies on an edge of a band, where rounding decides

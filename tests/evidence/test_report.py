@@ -168,6 +168,7 @@ def places(folder) -> dict[str, str]:
     return dict(re.findall(r"<!-- ([\w-]+) -->\n(.*?)\n<!-- end of \1 -->", page, re.DOTALL))
 
 
+@pytest.mark.slow
 def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys):
     assert report.main() == 0
     assert "left out" not in capsys.readouterr().err
