@@ -205,8 +205,11 @@ def execute(run: Run) -> dict:
         code = subprocess.run(command, cwd=run.folder, env=single, stdout=log, stderr=log).returncode
         seconds = round(time.monotonic() - start)
         log.seek(size)
-        diverged = code == 1 and "not finite" in log.read()
-    if code and not diverged:
+        output = log.read()
+    diverged = code == 1 and "not finite" in output
+    # it had ended, and only its row is missing, because this process was stopped
+    ended = resumed and code == 2 and "--total-timesteps" in output
+    if code and not diverged and not ended:
         raise subprocess.CalledProcessError(code, command)
     (folder,) = (run.folder / "runs").iterdir()
     found = row(run, folder) | {"revision": current, "seconds": "" if resumed else seconds}

@@ -97,6 +97,18 @@ def test_an_interrupted_run_goes_on_with_the_same_code_only(method, positional, 
     assert process.commands == [fresh, [*script, *positional, "--resume", str(saved)], fresh]
 
 
+def test_a_run_that_had_ended_has_a_row(process):
+    """As if this process had been stopped between the end of the run and its row."""
+    run = probe("probes:Clock-v0", 1)
+    runs.execute(run)
+    (run.folder / "runs" / "one" / "checkpoint.pt").touch()
+    process.code, process.output = 2, "error: --total-timesteps 320: give at least 352.\n"
+    assert runs.execute(run)["seconds"] == ""
+    process.output = "error: another mistake\n"
+    with pytest.raises(CalledProcessError):
+        runs.execute(run)
+
+
 def test_a_run_whose_loss_is_not_finite_has_a_row(process):
     run = probe("probes:Clock-v0", 1)
     process.code, process.output = (
