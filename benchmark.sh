@@ -19,6 +19,7 @@
 #   ./benchmark.sh peers        Stable-Baselines3's PPO and SAC, in an environment of their own: .venv-peers
 #   ./benchmark.sh rllib-tune   learning rates of the next
 #   ./benchmark.sh rllib        APPO with GIPO's loss and its own, in an environment of its own: .venv-rllib
+#   ./benchmark.sh llm          a tiny language model, in an environment of its own: .venv-trl
 #   ./benchmark.sh costs        what a message and a gradient step cost there, for an estimate at many actors
 #   ./benchmark.sh report       figures, tables and verdicts from these files
 set -euo pipefail
@@ -32,10 +33,13 @@ subcommand=${1:-}
 case $subcommand in
   quick | speed | report) module=$subcommand; shift ;;
   random) module=random_returns; shift ;;
-  peers | rllib | rllib-tune | costs)
+  peers | rllib | rllib-tune | costs | llm)
     module=experiments
-    name=$([[ $subcommand == peers ]] && echo peers || echo rllib)
-    requirements=$([[ $name == peers ]] && echo benchmark/requirements-peers.txt || echo requirements-rllib.txt)
+    case $subcommand in
+      peers) name=peers requirements=benchmark/requirements-peers.txt ;;
+      llm) name=trl requirements=requirements-trl.txt ;;
+      *) name=rllib requirements=requirements-rllib.txt ;;
+    esac
     if [[ ! -e .venv-$name/installed ]]; then
       python -m venv ".venv-$name"
       ".venv-$name/bin/pip" install --quiet -r "$requirements"

@@ -16,6 +16,7 @@ NAMES = STYLES | {
     "decoupled": ("decoupled PPO", "#999999", (0, (5, 1))),
     "sb3-ppo": ("PPO of Stable-Baselines3", "#D55E00", ":"),
     "sb3-sac": ("SAC of Stable-Baselines3", "#009E73", "-"),
+    "vespo": ("VESPO", "#CC79A7", (0, (6, 2))),
     "random": ("random actions", "#000000", "-"),
 }
 STEPS_AXIS = "thousand environment steps"
@@ -48,7 +49,7 @@ def figure(draw, panels: list[Panel], styles: dict, path: Path, ylabel: str, sha
     plt.close(made)
 
 
-def against(panels: list[Panel], styles: dict, path: Path):
+def against(panels: list[Panel], styles: dict, path: Path, ylabel: str = f"final return: {SCALE}"):
     """Interquartile mean and interval against the values of a dial, evenly spaced; a line for each of `styles`."""
 
     def draw(axes, found, styles):
@@ -66,7 +67,7 @@ def against(panels: list[Panel], styles: dict, path: Path):
         axes.axhline(1, color="0.8", linewidth=1, zorder=0)
         return handles
 
-    figure(draw, panels, styles, path, f"final return: {SCALE}", sharey=True)
+    figure(draw, panels, styles, path, ylabel, sharey=True)
 
 
 def over_time(panels: list[Panel], styles: dict, path: Path, ylabel: str, mark: float | None = None):

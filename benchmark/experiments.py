@@ -24,7 +24,7 @@ PAIR = METHODS[:2]
 # by the beginning of an environment's id: the baseline's word and GIPO's script
 DOMAINS = {"ALE/": ("atari", "gipo_atari.py"), "Mini": ("minigrid", "gipo_minigrid_vision.py")}
 CONTINUOUS = ("continuous", "gipo_continuous.py")
-PEERS, RLLIB = (ROOT / f".venv-{name}" / "bin" / "python" for name in ("peers", "rllib"))
+PEERS, RLLIB, TRL = (ROOT / f".venv-{name}" / "bin" / "python" for name in ("peers", "rllib", "trl"))
 
 LOCOMOTION = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 ANT = ("Ant-v5",)
@@ -55,6 +55,7 @@ GRID: dict[str, list[dict[str, float]]] = {
     "none": [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)],
 }
 RLLIB_RATES = (5e-4, 1e-3)
+TRL_LOSSES = ("gipo", "clip", "sapo", "vespo")
 Groups = dict[Hashable, list[Run]]
 
 
@@ -215,13 +216,20 @@ def rllib() -> Iterator[Run]:
         yield distributed(method, env_id, seed, rates[method], reuse)
 
 
+def llm() -> Iterator[Run]:
+    """A tiny language model sorts digits; the defaults of gipo_trl.py, and TRL's of the other losses."""
+    for seed, k, lag, kl, loss in itertools.product(THREE, (1, 8, 32), (0, 8, 32), (KL, 0), TRL_LOSSES):
+        flags = {"surrogate": loss, "seed": seed, "buffer_epochs": k, "policy_lag": lag, "kl_coef": kl}
+        yield Run(loss, "gipo_trl.py", words(flags), TRL)
+
+
 def quick() -> Iterator[Run]:
     """The scripts' defaults, in ten minutes of two cores; no Atari game is learned in that time."""
     for seed, k, (env_id, steps), method in itertools.product(THREE, (1, 8), QUICK.items(), PAIR):
         yield run(method, env_id, seed, total_timesteps=steps, buffer_epochs=k)
 
 
-ALL = (tune, staleness, ablation, freeze, lag, ant, metaworld, peers, minigrid, atari, rllib_tune, rllib, quick)
+ALL = (tune, staleness, ablation, freeze, lag, ant, metaworld, peers, minigrid, atari, rllib_tune, rllib, llm, quick)
 EXPERIMENTS = {experiment.__name__.replace("_", "-"): experiment for experiment in ALL}
 
 

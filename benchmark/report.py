@@ -20,14 +20,33 @@ import tyro
 from benchmark import evidence, scores
 from benchmark.drawing import NAMES, SCALE, STEPS_AXIS, Panel, against, over_time
 from benchmark.evidence import Rows, Scale, complete, kl_of
-from benchmark.experiments import FREEZE_AT, GRID, KL, METHODS, STEPS, candidate, group_scores, tuned, tuning, words
+from benchmark.experiments import (
+    FREEZE_AT,
+    GRID,
+    KL,
+    METHODS,
+    STEPS,
+    TRL_LOSSES,
+    candidate,
+    group_scores,
+    tuned,
+    tuning,
+    words,
+)
 from benchmark.runs import Missing, Run, rows
 from benchmark.scores import Scores
 from benchmark.scripts import ROOT
 
 FIGURES = ROOT / "docs" / "figures"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "gipo.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "tables", "gipo", "llm"))]
 FEW = 5  # seeds
+MEASURES = {
+    "abs_logratio_p95": "p95 of abs(log r)",
+    "ess": "ESS",
+    "dead_fraction": "dead",
+    "coef_mean": "mean coefficient",
+    "age_mean": "age",
+}
 LABELS = {method: label for method, (label, *_) in NAMES.items()}
 DASHES = ("-", "--", ":", "-.")
 PLACES = {(1,): "K = 1", (8, 32): "K = 8 or 32"}
@@ -128,6 +147,21 @@ def pooled(scale: Scale, cells: dict, line: Hashable, sizes: Iterable) -> Scores
     return scale(*own) if all(own) else {}
 
 
+def details(cells: dict[Hashable, Rows], name: Callable[[Hashable], str]) -> str:
+    """Markdown: for each cell the mean final return by environment, and means of MEASURES at the end of training.
+
+    A run that diverged has the return of random actions, and no other measure.
+    """
+    zero, lines = evidence.zeros(), []
+    envs = list(dict.fromkeys(row["env_id"] for known in cells.values() for row in known))
+    for key, known in cells.items():
+        returns = evidence.values(known, "final_return", zero)
+        left = [row for row in known if row["diverged"] != "1"]
+        means = (f"{np.mean([float(row[measure]) for row in left]):.2g}" if left else "" for measure in MEASURES)
+        lines.append([name(key), *(f"{returns[env].mean():.0f}" for env in envs), *means, str(len(known) - len(left))])
+    return table(["", *map(short, envs), *MEASURES.values(), "diverged"], lines)
+
+
 def staleness() -> Texts:
     scale, cells = Scale(), complete("staleness", by_flag("--buffer-epochs"))
     found = {key: scale(known) for key, known in cells.items()}
@@ -147,7 +181,28 @@ def staleness() -> Texts:
         rank = ", ".join(f"{LABELS[line[0]]} {stale[line]:.2f}" for line in order)
         said.append(f"With KL and K = 8 or 32, best first: {rank}.")
     columns = {k: f"K = {k}" for k in (1, 8, 32)}
-    return {"staleness": cross(intervals(found), LINES, columns), "staleness-verdict": sentences(said)}
+    texts = intervals(found)
+    tables = {"staleness": cross(texts, LINES, columns), "staleness-verdict": sentences(said)}
+    tables["staleness-details"] = details(cells, lambda key: f"{LINES[key[0]]}, K = {key[1]}")
+    return tables | headline(scale, cells, texts, [line for line in order if line[0] not in ("gipo", "clip")], columns)
+
+
+def headline(scale: Scale, cells: dict, texts: dict, others: list, columns: dict) -> Texts:
+    """GIPO, PPO-clip and the best of the others on old data, all with KL; and what these and plain PPO-clip show."""
+    shown = [("gipo", KL), ("clip", KL), *others[:1]]
+    ours, plain = ("gipo", KL), ("clip", 0)
+
+    def said(theirs, sizes, name):
+        pair = (pooled(scale, cells, line, sizes) for line in (ours, theirs))
+        return verdict(*pair, f"With {PLACES[sizes]}", ("GIPO", name))
+
+    found = [said(plain, (8, 32), "PPO-clip without KL")]
+    found += [said(line, (8, 32), with_kl(line)) for line in others[:1]]
+    found += [said(plain, (1,), "PPO-clip without KL")]
+    return {
+        "headline": cross(texts, {line: LABELS[line[0]] for line in shown}, columns),
+        "headline-verdict": sentences(found),
+    }
 
 
 def ablation() -> Texts:
@@ -184,7 +239,9 @@ def ablation() -> Texts:
     ]
     columns = {k: f"K = {k}" for k in colors}
     lines = terms | sigmas | clip
-    return {"ablation": cross(intervals(found), lines, columns), "ablation-verdict": sentences(said)}
+    own = {key: known for key, known in cells.items() if key[0] in lines}
+    texts = {"ablation": cross(intervals(found), lines, columns), "ablation-verdict": sentences(said)}
+    return texts | {"ablation-details": details(own, lambda key: f"{lines[key[0]]}, K = {key[1]}")}
 
 
 def freeze() -> Texts:
@@ -197,7 +254,8 @@ def freeze() -> Texts:
         for kl, where in ((KL, "With"), (0, "Without"))
     ]
     texts = intervals({(line, "final return"): sample for line, sample in found.items()})
-    return {"freeze": cross(texts, LINES), "freeze-verdict": sentences(said)}
+    tables = {"freeze": cross(texts, LINES), "freeze-verdict": sentences(said)}
+    return tables | {"freeze-details": details(cells, LINES.get)}
 
 
 def lag() -> Texts:
@@ -207,7 +265,8 @@ def lag() -> Texts:
     columns = {n: f"L = {n}" for n in sorted({n for _, n in found})}
     pairs = {name: [found.get(((m, KL), n), {}) for m in ("gipo", "clip")] for n, name in columns.items()}
     said = [verdict(*pair, f"With {name}") for name, pair in pairs.items()]
-    return {"lag": cross(intervals(found), LINES, columns), "lag-verdict": sentences(said)}
+    texts = {"lag": cross(intervals(found), LINES, columns), "lag-verdict": sentences(said)}
+    return texts | {"lag-details": details(cells, lambda key: f"{LINES[key[0]]}, L = {key[1]}")}
 
 
 def peers() -> Texts:
@@ -292,7 +351,21 @@ def ant() -> Texts:
 
 
 def metaworld() -> Texts:
-    return raw("metaworld", "final_success", 2)
+    """Success, and the score that the paper probably has: 0 and 1 are the worst and the best return of all methods."""
+    cells, random, found = raw_cells("metaworld"), evidence.zeros(), {}
+    for name in dict.fromkeys(name for *_, name in cells):
+        own = {
+            (m, env): evidence.values(known, "final_return", random)[env]
+            for (m, env, n), known in cells.items()
+            if n == name
+        }
+        every = {env: np.concatenate([x for (_, other), x in own.items() if other == env]) for _, env in own}
+        low, high = ({env: pick(x) for env, x in every.items()} for pick in (min, max))
+        for method in dict.fromkeys(m for m, _ in own):
+            sample = {env: x for (m, env), x in own.items() if m == method}
+            found[method, name] = scores.normalize(sample, low, high)
+    methods = {m: LABELS[m] for m, _ in found}
+    return raw("metaworld", "final_success", 2) | {"metaworld-score": cross(intervals(found), methods)}
 
 
 def minigrid() -> Texts:
@@ -305,6 +378,37 @@ def atari() -> Texts:
 
 def rllib() -> Texts:
     return raw("rllib", labels=LABELS | {"clip": "APPO's clip"})
+
+
+def llm() -> Texts:
+    """Reward by the size K of the buffer and the policy lag L."""
+
+    def key(run):
+        return (run.method, kl_of(run)), (int(run.value("--buffer-epochs")), int(run.value("--policy-lag")))
+
+    found = {
+        name: evidence.values(known, "final_return", {"sorting": 0.0}) for name, known in complete("llm", key).items()
+    }
+    labels = LABELS | {"clip": "TRL's clip"}
+    lines = {(m, kl): f"{labels[m]} {'with' if kl else 'without'} KL" for kl in (KL, 0) for m in TRL_LOSSES}
+    styles = {(m, kl): (name, NAMES[m][1], "-" if kl else ":") for (m, kl), name in lines.items()}
+    panels = []
+    for lag in sorted({lag for _, (_, lag) in found}):
+        own = {(line, k): sample for (line, (k, other)), sample in found.items() if other == lag}
+        panels.append(Panel(f"policy lag L = {lag}", "generations K in the replay buffer", own))
+    against(panels, styles, FIGURES / "llm.png", "reward at the end of training")
+
+    old = {
+        line: {str(cell): sample["sorting"] for (own, cell), sample in found.items() if own == line and cell != (1, 0)}
+        for line in lines
+    }
+    where = {KL: "On old completions with KL", 0: "On old completions without KL"}
+    said = [
+        verdict(old["gipo", kl], old[m, kl], where[kl], ("GIPO", labels[m]))
+        for kl, m in itertools.product(where, TRL_LOSSES[1:])
+    ]
+    columns = {cell: "K = {}, L = {}".format(*cell) for cell in sorted({cell for _, cell in found})}
+    return {"llm": cross(intervals(found), lines, columns), "llm-verdict": sentences(said)}
 
 
 # --------------------------------------------------- Tuning and costs ------------------------------------------------
@@ -333,7 +437,7 @@ def costs() -> Texts:
     return {"costs": table(head, [measured]), "costs-estimate": estimate}
 
 
-SECTIONS = (tune, staleness, ablation, freeze, lag, ant, metaworld, peers, minigrid, atari, rllib, costs)
+SECTIONS = (tune, staleness, ablation, freeze, lag, ant, metaworld, peers, minigrid, atari, rllib, llm, costs)
 
 
 def main() -> int:

@@ -62,7 +62,7 @@ AT_THE_END = (
     "offpolicy/age_mean",
     "charts/SPS",
 )
-PACKAGES = ("torch", "gymnasium", "mujoco", "ale-py", "minigrid", "metaworld", "stable-baselines3", "ray")
+PACKAGES = ("torch", "gymnasium", "mujoco", "ale-py", "minigrid", "metaworld", "stable-baselines3", "ray", "trl")
 COLUMNS = (
     "command",
     "method",
@@ -158,7 +158,10 @@ def settings(folder: Path) -> dict:
     """The flags that a run had."""
     if (folder / "checkpoint.pt").exists():
         return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)["args"]
-    return json.loads((folder / "args.json").read_text())
+    args = json.loads((folder / "args.json").read_text())
+    if "iterations" in args:  # gipo_trl.py, which has one task and counts iterations
+        args |= {"env_id": "sorting", "total_timesteps": args["iterations"]}
+    return args
 
 
 def row(run: Run, folder: Path) -> dict:

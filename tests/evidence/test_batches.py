@@ -216,7 +216,7 @@ def untuned(monkeypatch):
 
 
 def test_tuning_shares_nothing_with_what_is_reported(untuned):
-    names = experiments.EXPERIMENTS.keys() - {"tune", "rllib-tune"}
+    names = experiments.EXPERIMENTS.keys() - {"tune", "rllib-tune", "llm"}
     reported = {name: list(experiments.EXPERIMENTS[name]()) for name in names}
 
     def values(batch, flag):
@@ -225,7 +225,8 @@ def test_tuning_shares_nothing_with_what_is_reported(untuned):
     tuning, everything = list(experiments.tune()), list(itertools.chain(*reported.values()))
     for flag in ("--env-id", "--seed"):
         assert not values(tuning, flag) & values(everything, flag)
-    assert not values(experiments.rllib_tune(), "--seed") & values(everything, "--seed")
+    for seeds in (values(experiments.rllib_tune(), "--seed"), {"1001", "1002"}):
+        assert not seeds & (values(everything, "--seed") | values(experiments.llm(), "--seed"))
     budgets = {method: sum(run.method == method for run in tuning) for method in experiments.METHODS}
     assert len(set(budgets.values())) == 1
     assert len(tuning) == len(set(tuning))
@@ -246,7 +247,7 @@ def test_quick_takes_the_defaults_and_needs_no_tuning(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in experiments.EXPERIMENTS if name not in ("peers", "rllib", "rllib-tune")]
+    "name", [name for name in experiments.EXPERIMENTS if name not in ("peers", "rllib", "rllib-tune", "llm")]
 )
 def test_every_command_is_one_that_its_script_takes(name, untuned, monkeypatch):
     seen = {}

@@ -21,6 +21,7 @@ ELSEWHERE = {
     "pip install -r requirements": ".ci/run",
     "python -m pytest": ".ci/run",
     "python gipo_rllib.py": "tests/test_rllib.py",
+    "python gipo_trl.py": "tests/test_trl.py",
     "python -m analysis.": "tests/algorithm/test_theory.py",
     "./benchmark.sh speed": "tests/evidence/test_benchmark.py",
     "./benchmark.sh random": "tests/evidence/test_benchmark.py",

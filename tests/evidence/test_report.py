@@ -12,15 +12,17 @@ from benchmark import evidence, experiments, quick, report, runs
 ENVS = {"HalfCheetah-v5": (-300.0, 1000.0), "Hopper-v5": (20.0, 500.0)}
 SCORES = {("clip", 1): 1.0, ("clip", 8): 0.3, ("clip", 32): 0.1}
 PAGE = "".join(
-    f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n" for name in ("staleness", "staleness-verdict")
+    f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n"
+    for name in ("staleness", "staleness-verdict", "staleness-details", "headline", "headline-verdict")
 )
 
 
 def made_up(run: runs.Run, final: float, **more) -> dict:
-    row = {"command": run.command, "env_id": run.value("--env-id"), "method": run.method}
+    row = {"command": run.command, "env_id": run.value("--env-id", "sorting"), "method": run.method}
     curve = " ".join([f"{final}"] * runs.CURVE_POINTS)
     scores = {"final_return": final, "mean_return": final, "final_success": 0.5, "curve": curve, "seconds": 60}
-    return dict.fromkeys(runs.COLUMNS) | row | scores | {"diverged": 0} | more
+    measures = dict.fromkeys(report.MEASURES, 0.5)
+    return dict.fromkeys(runs.COLUMNS) | row | scores | measures | {"diverged": 0} | more
 
 
 def write(path, known):
@@ -93,15 +95,17 @@ def test_a_row_of_another_experiment_counts(results):
 def test_a_run_that_diverged_counts_as_random(results):
     _, whole = made(results)
     (row, *_) = known = runs.rows("staleness")
-    row["final_return"], row["diverged"] = "", 1
+    row["final_return"], row["diverged"] = "", 1  # its measures are not 0.5 either, and left out
+    row |= dict.fromkeys(report.MEASURES, 7)
     write(results / "staleness.csv", known)
     _, diverged = made(results)
     worst = ENVS[row["env_id"]][0]
     np.testing.assert_equal(evidence.curves([runs.rows("staleness")[0]], {row["env_id"]: worst}), worst)
     row["final_return"] = row["mean_return"] = worst
-    row["diverged"] = 0
+    row |= dict.fromkeys(report.MEASURES, 0.5) | {"diverged": 0}
     write(results / "staleness.csv", known)
-    assert made(results)[1] == diverged != whole
+    assert made(results)[1] == re.sub(r"\b1 \|$", "0 |", diverged, flags=re.MULTILINE) != whole
+    assert re.findall(r"\b1 \|$", diverged, re.MULTILINE) == ["1 |"]
 
 
 def test_a_page_without_the_marker_is_noticed(results):
@@ -113,7 +117,7 @@ def test_a_page_without_the_marker_is_noticed(results):
 def test_table_and_verdict_of_staleness(results):
     _, page = made(results)
     assert page.startswith("before\n<!-- staleness -->\n|")
-    assert page.endswith(".\n<!-- end of staleness-verdict -->\nafter\n")
+    assert page.endswith(".\n<!-- end of headline-verdict -->\nafter\n")
     lines = ("GIPO with KL", "PPO-clip with KL", "GIPO without KL", "PPO-clip without KL")
     middles = [[float(text.split()[0]) for text in cells(page, line)] for line in lines]
     # the mean of clip at K = 1 without KL is the unit itself
@@ -159,6 +163,8 @@ def everything(folder, monkeypatch):
         "costs"
     }
     names = [*sections, *(f"{name}-verdict" for name in sections if name not in ("tune", "costs")), "costs-estimate"]
+    names += ["headline", "headline-verdict", "metaworld-score"]
+    names += [f"{name}-details" for name in ("staleness", "ablation", "freeze", "lag")]
     (folder / "page.md").write_text("".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in names))
     return folder
 
@@ -191,7 +197,15 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     assert "With K = 2000" in found["metaworld-verdict"] and "3 seeds only" in found["metaworld-verdict"]
     assert "Pong, K = 8: GIPO beats PPO-clip (" in found["atari-verdict"]
     assert "Pendulum, reuse 8: GIPO beats APPO's clip (" in found["rllib-verdict"]
+    assert "On old completions without KL GIPO beats VESPO (" in found["llm-verdict"]
+    assert len(found["llm"].splitlines()) == 2 + 8 and len(cells(found["llm"], "TRL's clip with KL")) == 9
     assert found["tune"].count(" chosen |") == 12
+    assert len(found["headline"].splitlines()) == 2 + 3 and len(cells(found["headline"], "GIPO")) == 3
+    assert "With K = 8 or 32 GIPO beats PPO-clip without KL (" in found["headline-verdict"]
+    assert all(float(text.split()[0]) > 0.9 for text in cells(found["metaworld-score"], "GIPO"))
+    assert len(cells(found["metaworld-score"], "GIPO")) == 2
+    assert len(found["freeze-details"].splitlines()) == 2 + 8
+    assert cells(found["freeze-details"], "GIPO with KL")[3:] == ["0.5"] * 5 + ["0"]
 
 
 def test_what_has_no_rows_is_left_as_it_is(everything, monkeypatch):
