@@ -4,9 +4,11 @@ import ast
 import re
 import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
-from harness import ROOT
+import torch
+from harness import ROOT, load
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -55,3 +57,37 @@ def test_the_three_line_change_turns_a_plain_ppo_into_gipo():
     assert code.count(before) == 1 and len([line for line in diff if line[0] == "+"]) == 3
     assert last_length(code) > 300
     assert last_length(code.replace(before, after)) > 300
+
+
+def test_the_loss_for_verl_is_that_of_the_scripts(monkeypatch):
+    """Run with stand-ins for verl's three functions, which is all that it imports."""
+    text = (ROOT / "docs" / "llm.md").read_text()
+    code = next(
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "register_policy_loss" in block
+    )
+    found = {}
+    algos, functional = ModuleType("core_algos"), ModuleType("torch_functional")
+    algos.register_policy_loss = lambda name: lambda function: found.setdefault(name, function)
+    algos.agg_loss = lambda losses, mask, mode, **_: (losses * mask).sum() / mask.sum()
+    functional.masked_mean = lambda x, mask: (x * mask).sum() / mask.sum()
+    for name, module in (("verl.trainer.ppo.core_algos", algos), ("verl.utils.torch_functional", functional)):
+        monkeypatch.setitem(sys.modules, name, module)
+    exec(code.replace("SIGMA_NEG = 0.5", "SIGMA_NEG = 0.3"), {})
+
+    torch.manual_seed(1)
+    old, advantages, mask = torch.randn(4, 7), torch.randn(4, 7), torch.rand(4, 7) < 0.7
+    config = SimpleNamespace(global_batch_info={})
+    gradients = []
+    for own in (True, False):
+        new = (old + 0.5 * torch.randn(4, 7, generator=torch.Generator().manual_seed(2))).requires_grad_()
+        if own:
+            loss, logged = found["gipo"](old, new, advantages, mask, "token-mean", config)
+        else:
+            logratio = (new - old)[mask]
+            args = SimpleNamespace(sigma=0.5, sigma_neg=0.3)
+            loss, coef = load("gipo_continuous").policy_loss(logratio, advantages[mask], args)
+            loss = loss - 0.1 * logratio.mean()
+        loss.backward()
+        gradients.append(new.grad)
+    torch.testing.assert_close(*gradients)
+    assert logged["actor/gipo_coef_mean"] == pytest.approx(coef.mean().item())
