@@ -1,19 +1,20 @@
-"""GIPO for language models: TRL's GRPO with a Gaussian weight instead of its clip, so that old completions still teach.
+"""GIPO for language models: TRL's GRPO with a Gaussian weight instead of its clip, to learn from old completions too.
 
     loss = -mean(w * r * A) + kl_coef * KL(mu || pi),  r = pi(token) / mu(token),  w = exp(-(log r)^2 / (2 sigma^2))
 
 mu is the policy that wrote the completion. Each token has its own ratio; A is the advantage of its completion within
-the group of its prompt. The KL term pulls pi back towards mu. No gradient flows through w. (Lu et al. 2026,
-arXiv:2603.03955)
+the group of its prompt. The KL term pulls pi back towards mu; it is estimated by mean(r - 1 - log r). No gradient flows
+through w. (Lu et al. 2026, arXiv:2603.03955)
 
     pip install -r requirements-trl.txt             # an environment of its own
     python gipo_trl.py                              # a tiny model learns to sort digits; downloads nothing
     python gipo_trl.py --buffer-epochs 8            # learn from the completions of the last 8 generations
-    python gipo_trl.py --model PATH_OR_ID --data FILE.jsonl --reward module:function
+    python gipo_trl.py --model PATH_OR_ID --data FILE.jsonl --reward module:function --max-new-tokens 256
     python gipo_trl.py --resume runs/RUN            # go on; or --evaluate runs/RUN
     tensorboard --logdir runs
 
-In your own script, put GIPOConfig and GIPOTrainer in the places of GRPOConfig and GRPOTrainer.
+In your own script, put GIPOConfig and GIPOTrainer in the places of GRPOConfig and GRPOTrainer. Import them from here,
+or copy the sections Loss and Trainer with their imports.
 """
 
 import contextlib
@@ -45,30 +46,31 @@ from trl import GRPOConfig, GRPOTrainer
 
 # -------------------------------------------------------- Loss --------------------------------------------------------
 def gipo_coefficient(logratio, advantages, args):
-    """The importance ratio times a Gaussian in its logarithm, in one exponential, which cannot overflow.
+    """The importance ratio times a Gaussian in its logarithm: the c of each token, whose gradient is -c A grad log pi.
 
-    logratio = log pi - log mu is (B, T), advantages are (B, 1). The gradient of a token is -c A grad log pi.
+    logratio = log pi - log mu is (B, T), advantages are (B, 1). c is at most exp(sigma^2 / 2), so it cannot overflow.
     """
     z = torch.where(advantages > 0, logratio / args.sigma, logratio / (args.sigma_neg or args.sigma))
     return torch.exp(logratio - 0.5 * z**2)
 
 
 def trl_coefficient(logratio, advantages, args):
-    """The same factor c of TRL's own token-level losses, for the diagnostics."""
+    """The same c for TRL's own token-level losses and its default options; only for the log."""
     ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88)
     positive = advantages > 0
     if args.loss_type == "cispo":
-        return ratio.clamp(max=args.epsilon_high)
+        return ratio.clamp(max=args.epsilon_high or args.epsilon)
     if args.loss_type == "sapo":
         tau = torch.where(positive, args.sapo_temperature_pos, args.sapo_temperature_neg)
         return ratio / torch.cosh(0.5 * tau * (ratio - 1)) ** 2
+    # 0 where the clip cuts the gradient off
     return ratio * torch.where(positive, ratio <= 1 + (args.epsilon_high or args.epsilon), ratio >= 1 - args.epsilon)
 
 
 def diagnostics(logratio, coef):
-    """Distance of the policy from those that wrote the tokens (n,), and how many of these still teach; scalars."""
+    """Distance of the policy from those that wrote the tokens (n,), and how many have a gradient left; scalars."""
     ratio = logratio.clamp(max=20).exp()
-    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could overflow
+    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # at most 1, so that its square cannot overflow
     return {
         "losses/kl": -logratio.mean(),
         "losses/approx_kl": (ratio - 1 - logratio).mean(),
@@ -80,44 +82,52 @@ def diagnostics(logratio, coef):
     }
 
 
+# ------------------------------------------------------ Trainer -------------------------------------------------------
 @dataclass
 class GIPOConfig(GRPOConfig):
-    """TRL's GRPOConfig, whose loss is GIPO's unless another loss_type is given, and the dials of staleness."""
+    """TRL's GRPOConfig with GIPO as its default loss, a replay buffer, a policy lag and a KL term for every loss."""
 
     loss_type: str = field(default="gipo", metadata={"help": "gipo, or one of TRL's own losses"})
     sigma: float = field(default=0.5, metadata={"help": "width of the weight, in units of a token's log-ratio"})
     sigma_neg: float | None = field(default=None, metadata={"help": "width where the advantage is not positive"})
     kl_coef: float = field(default=0.1, metadata={"help": "weight of KL(mu || pi); beta pulls to a reference model"})
-    buffer_epochs: int = field(default=1, metadata={"help": "generations whose completions are learned from"})
-    policy_lag: int = field(default=0, metadata={"help": "generations by which the writing policy is older"})
+    buffer_epochs: int = field(default=1, metadata={"help": "newest generations that the replay buffer keeps"})
+    policy_lag: int = field(default=0, metadata={"help": "generate with the policy from L generations ago"})
+
+    def __post_init__(self):
+        self.gipo = self.loss_type == "gipo"
+        if self.gipo:
+            self.loss_type = "vespo"  # TRL's loss -c A log pi, whose c comes from a method that GIPOTrainer overrides
+        super().__post_init__()
 
 
 class GIPOTrainer(GRPOTrainer):
-    """TRL's GRPOTrainer with GIPO's loss, a buffer of the last K generations and a policy that writes L too late."""
+    """TRL's GRPOTrainer with GIPO's loss, a buffer of the last K generations and a delay of L generations.
+
+    Each generation is followed by as many gradient steps as without a buffer, on minibatches from the whole buffer.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         args = self.args
-        if args.policy_lag and self.accelerator.num_processes > 1:
-            raise ValueError("policy_lag swaps the weights of one process; start one, or leave policy_lag at 0.")
+        if args.policy_lag and (self.accelerator.num_processes > 1 or args.use_vllm):
+            raise ValueError("policy_lag swaps the weights of the model, so it needs a single process without vLLM.")
         every = args.steps_per_generation * self.num_iterations
         if (args.policy_lag or args.buffer_epochs > 1) and args.gradient_accumulation_steps % every == 0:
-            raise ValueError("Old completions need log-probabilities, which TRL keeps if a generation has 2 steps.")
-        if args.loss_type == "gipo":
-            self.loss_type = "vespo"  # of this loss TRL lets a method set the factor c of each token
+            raise ValueError("TRL stores log mu of old completions only if a generation has more than one step.")
         self.generation = -1
         self.rollouts = deque(maxlen=args.buffer_epochs)  # each a list of minibatches
         self.policies = deque(maxlen=args.policy_lag + 1)  # weights, the oldest first
-        self.drawn = None  # the minibatches to learn from until the next generation
+        self.drawn = None  # the minibatches to learn from, until TRL replaces its list by a new generation
         self.buffer_file = f"buffer-{args.process_index}.pt"
 
     def get_gamma_weights(self, advantages, log_ratio_per_token, **kwargs):
-        """TRL's loss with these weights c is -c A log pi, whose gradient is that of GIPO."""
-        if self.args.loss_type == "vespo":
+        """The c of each token in the loss -c A log pi."""
+        if not self.args.gipo:
             self.coef = super().get_gamma_weights(advantages, log_ratio_per_token, **kwargs)
             return self.coef
         logratio = log_ratio_per_token.detach()
-        if kwargs["importance_sampling_ratio"] is not None:  # from vLLM's probabilities to those of the trainer
+        if kwargs["importance_sampling_ratio"] is not None:  # mu is vLLM's policy, and this the trainer's ratio to it
             logratio = logratio + kwargs["importance_sampling_ratio"].log()
         self.coef = gipo_coefficient(logratio, advantages, self.args)
         return self.coef
@@ -125,24 +135,26 @@ class GIPOTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         """TRL's loss and the KL term."""
         loss = super()._compute_loss(model, inputs)
-        if not self.model.training:
-            return loss
         mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+        if not self.model.training or not mask.any():
+            return loss
         logratio = self.logprobs - inputs.get("old_per_token_logps", self.logprobs.detach())
         if self.loss_type != "vespo":
             self.coef = trl_coefficient(logratio.detach(), inputs["advantages"].unsqueeze(1), self.args)
         for tag, value in diagnostics(logratio[mask].detach(), self.coef.expand_as(mask)[mask]).items():
             self._metrics["train"][tag].append(value.item())
-        kl = -logratio[mask].mean()  # KL(mu || pi), estimated on tokens of mu
+        # KL(mu || pi), estimated on tokens of mu: r - 1 is 0 on average, and makes fresh tokens pull nowhere
+        ratio = torch.exp(logratio - (logratio - 2).clamp(min=0).detach())  # at most exp(2), or outliers would rule
+        kl = (ratio - 1 - logratio)[mask].mean()
         return loss + self.args.kl_coef * kl / self.current_gradient_accumulation_steps
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self.logprobs = found[0]  # with its gradient, for the KL term
+        self.logprobs = found[0]  # for _compute_loss, which does not get them from TRL
         return found
 
     def _prepare_inputs(self, generation_batch):
-        """A minibatch of the buffer: after each generation as many are drawn as it has itself."""
+        """A minibatch; each new generation is put into the buffer, and its number of minibatches drawn from all."""
         inputs = super()._prepare_inputs(generation_batch)
         if self.model.training and self._buffered_inputs is not self.drawn:  # TRL has generated
             self.generation += 1
@@ -176,7 +188,9 @@ class GIPOTrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = torch.load(Path(checkpoint, self.buffer_file), self.accelerator.device, weights_only=True)
+            # TRL restores the old rate, but flags that are given anew hold
+            self.lr_scheduler.base_lrs = [self.args.learning_rate for _ in self.lr_scheduler.base_lrs]
+            state = torch.load(Path(checkpoint, self.buffer_file), self.accelerator.device.type, weights_only=True)
             self.generation = state["generation"]
             self.rollouts.extend(state["rollouts"])
             self.policies.extend(state["policies"])
@@ -188,12 +202,13 @@ class Args:
     model: str | None = None
     """folder or hub id of a causal language model; None makes a tiny one and warms it up on the task"""
     data: Path | None = None
-    """file with one JSON object per line, with the texts prompt and answer; None makes lists of digits to sort"""
+    """file with one JSON object per line, with the texts prompt and answer; the template of a chat model must be in the
+    prompt already; None makes lists of digits to sort"""
     reward: str = "exact"
-    """exact is 1 for a completion that equals the answer, else 0; module:function names one of yours in TRL's form,
-    (prompts, completions, **columns) -> list of floats"""
+    """exact is 1 for a completion that equals the answer, else 0; module:function names one of yours, which takes
+    (prompts, completions, **columns) as in TRL and returns one number for each completion"""
     iterations: int = 200
-    """generations, each followed by --minibatches gradient steps (50 to 10000)"""
+    """generations, each followed by --minibatches gradient steps (50 to 10000); not TRL's num_iterations"""
     seed: int = 1
     """seed of the model, the prompts and the completions"""
     exp_name: str = Path(__file__).stem
@@ -204,7 +219,7 @@ class Args:
     resume: Path | None = None
     """go on with the run in this folder and its flags; flags given now replace them"""
     evaluate: Path | None = None
-    """do not train, but complete the held-out prompts with the model of the run in this folder"""
+    """do not train, but sample completions of the held-out prompts with the model of the run in this folder"""
     eval_interval: int = 10
     """iterations between evaluations on the held-out prompts (10 to 100)"""
     eval_prompts: int = 256
@@ -213,23 +228,23 @@ class Args:
     prompts: int = 32
     """prompts per generation (16 to 512)"""
     group: int = 8
-    """completions of each prompt, which are compared with each other (4 to 64)"""
+    """completions of each prompt, which are compared with each other (4 to 64); TRL's num_generations"""
     max_new_tokens: int = 8
-    """longest completion, in tokens; enough for the digits and the end (8 to 8192)"""
+    """longest completion, in tokens (8 for the digits, 256 to 8192 for a pretrained model)"""
     temperature: float = 1.0
     """temperature of sampling (0.6 to 1.2)"""
     minibatches: int = 4
     """minibatches per generation, one gradient step each (1 to 16; 2 or more for old data)"""
     learning_rate: float = 2e-4
-    """Adam's step size (1e-4 to 3e-4 for the tiny model, about 1e-6 for a pretrained one)"""
+    """first step size of Adam, which falls linearly to 0 (1e-4 to 3e-4; 1e-6 for a pretrained model)"""
 
     buffer_epochs: int = 1
-    """generations K whose completions the replay buffer keeps; 1 learns from the newest only (1 to 32)"""
+    """generations K in the replay buffer; 1 learns from the newest completions only (1 to 32)"""
     policy_lag: int = 0
-    """write completions with the policy from L iterations ago (0 to 32)"""
+    """generate with the policy from L iterations ago (0 to 32)"""
 
     surrogate: Literal["gipo", "clip", "sapo", "cispo", "vespo"] = "gipo"
-    """policy loss; all but gipo are TRL's own, with TRL's defaults"""
+    """policy loss; all but gipo are TRL's own at TRL's defaults, and clip is its dapo"""
     sigma: float = 0.5
     """gipo: width of the weight, in units of a token's log-ratio; smaller trusts old data less (0.2 to 2)"""
     sigma_neg: float | None = None
@@ -272,7 +287,7 @@ def tiny_model():
     size = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"vocab_size": len(vocabulary), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, **ids, tie_word_embeddings=True))
-    tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "padding_side": "left"}
+    tokens = {"pad_token": "<pad>", "eos_token": "<eos>"}
     return model, transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
 
 
@@ -333,28 +348,23 @@ def read_args():
 
 def read_rows(args):
     """Rows to hold out, and rows to train on."""
-    if args.data is None:
-        rows = sorting(args.eval_prompts + args.iterations * args.prompts, random.Random(f"prompts {args.seed}"))
-    else:
-        with exit_on_error(f"--data {args.data}"):
-            rows = [json.loads(line) for line in args.data.read_text().splitlines() if line.strip()]
-            texts = [isinstance(row[name], str) for row in rows for name in ("prompt", "answer")]
-        require(all(texts), f"--data {args.data}: prompt and answer must be texts.")
+    with exit_on_error(f"--data {args.data}"):
+        if args.data is None:
+            rows = sorting(args.eval_prompts + args.iterations * args.prompts, random.Random(f"prompts {args.seed}"))
+        else:
+            rows = [json.loads(line) for line in args.data.read_text().split("\n") if line.strip()]
+        are_texts = [isinstance(row[name], str) for row in rows for name in ("prompt", "answer")]
+        require(all(are_texts), f"--data {args.data}: prompt and answer must be texts.")
         least = args.eval_prompts + args.prompts
         require(len(rows) >= least, f"--data {args.data}: {len(rows)} rows; give {least}, or fewer --eval-prompts.")
-    return Dataset.from_list(rows[: args.eval_prompts]), Dataset.from_list(rows[args.eval_prompts :])
+        return Dataset.from_list(rows[: args.eval_prompts]), Dataset.from_list(rows[args.eval_prompts :])
 
 
-def read_reward(args, row):
-    """The reward function, tried on the answer of one row."""
-    if args.reward == "exact":
-        return exact
+def read_reward(args):
+    """The reward function."""
     with exit_on_error(f"--reward {args.reward}: give exact or module:function"):
         sys.path.insert(0, os.getcwd())
-        reward = pkgutil.resolve_name(args.reward)
-        columns = {name: [text] for name, text in row.items() if name != "prompt"}
-        (_,) = map(float, reward(prompts=[row["prompt"]], completions=[row["answer"]], **columns))
-        return reward
+        return exact if args.reward == "exact" else pkgutil.resolve_name(args.reward)
 
 
 def read_model(args, checkpoint):
@@ -365,24 +375,24 @@ def read_model(args, checkpoint):
         warm_up(model, tokenizer, random.Random(f"warm-up {args.seed}"))
         return model, tokenizer
     with exit_on_error(f"--model {place}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, padding_side="left")
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         return transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32), tokenizer
 
 
-SAME = ("seed", "temperature", "learning_rate", "sigma", "sigma_neg", "kl_coef", "buffer_epochs", "policy_lag")
+SHARED_FLAGS = ("seed", "temperature", "learning_rate", "sigma", "sigma_neg", "kl_coef", "buffer_epochs", "policy_lag")
 
 
 def make_config(args, folder):
     """TRL's settings for these flags."""
     return GIPOConfig(
-        **{name: getattr(args, name) for name in SAME},
+        **{name: getattr(args, name) for name in SHARED_FLAGS},
         output_dir=str(folder),
         max_steps=args.iterations * args.minibatches,
         per_device_train_batch_size=args.prompts * args.group // args.minibatches,
         steps_per_generation=args.minibatches,
         num_generations=args.group,
         max_completion_length=args.max_new_tokens,
+        disable_dropout=True,  # or fresh completions would look old
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         loss_type="dapo" if args.surrogate == "clip" else args.surrogate,
         epsilon_high=5.0 if args.surrogate == "cispo" else None,  # CISPO alone has no sensible default in TRL
@@ -434,10 +444,11 @@ class Log(transformers.TrainerCallback):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # of the libraries to each other
+    warnings.simplefilter("ignore")  # deprecations among the libraries
+    transformers.utils.logging.disable_progress_bar()
     args, checkpoint = read_args()
     held_out, rows = read_rows(args)
-    reward = read_reward(args, held_out[0])
+    reward = read_reward(args)
     transformers.set_seed(args.seed)
     model, tokenizer = read_model(args, checkpoint)
     first_iteration = int(checkpoint.name.split("-")[1]) // args.minibatches if checkpoint else 0
@@ -450,7 +461,6 @@ if __name__ == "__main__":
     if args.evaluate:
         print(f"mean reward {trainer.evaluate()['eval_reward']:.3f} on {len(held_out)} held-out prompts")
         sys.exit()
-    folder.mkdir(parents=True, exist_ok=True)
     flags = {name: value for name, value in vars(args).items() if name not in ("resume", "evaluate")}
     (folder / "args.json").write_text(json.dumps(flags, default=str))
     log = Log(args, folder, first_iteration)

@@ -1,9 +1,9 @@
-"""The experiments: which runs each of them consists of.
+"""The experiments, and the runs of each of them.
 
     ./benchmark.sh staleness --dry-run     # print the commands
     ./benchmark.sh staleness               # run what is missing, one run per core
 
-Bandwidths are tuned on environments and seeds that are never reported. `quick` alone takes the scripts' defaults.
+Bandwidths are tuned on environments and seeds that are never reported. `quick` takes the scripts' defaults instead.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from benchmark.scripts import ROOT
 
 METHODS = ("gipo", "clip", "sapo", "tis", "decoupled", "none")
 PAIR = METHODS[:2]
-# by the beginning of an environment's id: the baseline's word and GIPO's script
+# by the first four letters of an environment's id: the baseline's subcommand and GIPO's script
 DOMAINS = {"ALE/": ("atari", "gipo_atari.py"), "Mini": ("minigrid", "gipo_minigrid_vision.py")}
 CONTINUOUS = ("continuous", "gipo_continuous.py")
 PEERS, RLLIB, TRL = (ROOT / f".venv-{name}" / "bin" / "python" for name in ("peers", "rllib", "trl"))
@@ -32,20 +32,20 @@ TASKS = ("reach", "button-press-topdown", "drawer-close", "window-open", "door-o
 METAWORLD = tuple(f"Meta-World/{task}-v3" for task in TASKS)
 MINIGRID = ("MiniGrid-Fetch-5x5-N2-v0", "MiniGrid-GoToDoor-5x5-v0", "MiniGrid-GoToObject-6x6-N2-v0")
 ATARI = ("ALE/Pong-v5", "ALE/Breakout-v5")
-CLASSIC = ("CartPole-v1", "Pendulum-v1")  # RLlib's
+CLASSIC = ("CartPole-v1", "Pendulum-v1")  # for RLlib
 QUICK = {"Hopper-v5": 100_000, "MiniGrid-Empty-5x5-v0": 20_000}  # steps
 REPORTED = (*LOCOMOTION, *ANT, *METAWORLD, *MINIGRID, *ATARI, *CLASSIC, *QUICK)
 
 STEPS = 150_000
-FREEZE_AT = 24 * 2048  # 24 rollouts of 2048 steps hold all that is collected until then
-KL = 0.1  # weight of the KL term, where there is one
-SEEDS = tuple(range(11, 200, 20))  # nothing is chosen on them
+FREEZE_AT = 24 * 2048  # so that 24 rollouts of 2048 steps hold all that was collected before
+KL = 0.1  # weight of the KL term in runs with KL
+SEEDS = tuple(range(11, 200, 20))  # no choice is made on these
 FIVE, THREE = SEEDS[:5], SEEDS[:3]
 
 TUNING = ("Swimmer-v5", "Reacher-v5", "InvertedDoublePendulum-v5")
 TUNING_SEEDS = (1001, 1002)
 RATE = 1e-3
-# what tuning chooses from; plain importance sampling has no bandwidth
+# the candidates of tuning; plain importance sampling has no bandwidth, so its learning rate varies
 GRID: dict[str, list[dict[str, float]]] = {
     "gipo": [{"sigma": sigma} for sigma in (0.3, 0.5, 1.0)],
     "clip": [{"clip_coef": eps} for eps in (0.1, 0.2, 0.3)],
@@ -60,7 +60,7 @@ Groups = dict[Hashable, list[Run]]
 
 
 def words(flags: dict) -> tuple[str, ...]:
-    """Flags as they stand in a command; one that is None is left out."""
+    """Flags as words of a command. A flag that is None is left out."""
     pairs = ((f"--{name.replace('_', '-')}", value) for name, value in flags.items() if value is not None)
     return tuple(word for flag, x in pairs for word in (flag, f"{x:g}" if isinstance(x, float) else str(x)))
 
@@ -78,7 +78,7 @@ def run(method: str, env_id: str, seed: int, **flags) -> Run:
 
 # ------------------------------------------------------ Tuning -------------------------------------------------------
 def candidate(method: str, i: int, kl: float) -> dict[str, float]:
-    """The flags of a method's candidate."""
+    """The flags of a method's candidate number i."""
     return {"learning_rate": RATE, **GRID[method][i], "kl_coef": kl}
 
 
@@ -95,7 +95,7 @@ def tuning() -> Groups:
 def group_scores(experiment: str, groups: Groups) -> dict[Hashable, float]:
     """The score of each group of runs: the mean of their final returns, scaled to [0, 1] within each environment.
 
-    0 and 1 are the worst and the best of all groups; a run that diverged counts as 0.
+    0 is the worst run of all groups and 1 the best. A run that diverged counts as 0.
     """
     found = {known["command"]: known for known in rows(experiment)}
     runs = list(itertools.chain(*groups.values()))
@@ -116,14 +116,14 @@ def group_scores(experiment: str, groups: Groups) -> dict[Hashable, float]:
 
 
 def tuned(method: str, kl: float = KL) -> dict[str, float]:
-    """A method's best flags with this KL coefficient; chosen at 0 or at KL."""
+    """A method's best flags with this KL coefficient. They were chosen at 0 or at KL."""
     known = group_scores("tune", tuning())
     best = max(range(len(GRID[method])), key=lambda i: known[method, i, KL if kl else 0])
     return candidate(method, best, kl)
 
 
 def distributed(surrogate: str, env_id: str, seed: int, rate: float, reuse: int) -> Run:
-    """Two actors of RLlib, and GIPO's loss with its KL term or APPO's."""
+    """A run of RLlib with two actors: GIPO's loss with a KL term, or APPO's loss without one."""
     flags = {"surrogate": surrogate, "env_id": env_id, "seed": seed, "buffer_reuse": reuse, "learning_rate": rate}
     flags |= {"kl_coef": KL if surrogate == "gipo" else 0, "total_timesteps": 100_000}
     flags |= {"reward_scale": 0.01 if env_id == "Pendulum-v1" else None}
@@ -138,7 +138,7 @@ def rllib_tuning() -> Groups:
 
 # ---------------------------------------------------- Experiments ----------------------------------------------------
 def grid(methods, seeds, envs, dials, kl: float = KL, **flags) -> Iterator[Run]:
-    """Tuned methods on the environments under every dial, which are flags; all methods of a seed side by side."""
+    """Tuned methods on the environments at every dial, a set of flags. The methods of a seed stand side by side."""
     best = {method: tuned(method, kl) for method in methods}
     for seed, dial, env_id, method in itertools.product(seeds, dials, envs, methods):
         yield run(method, env_id, seed, **({"total_timesteps": STEPS} | best[method] | flags | dial))
@@ -160,7 +160,7 @@ def staleness() -> Iterator[Run]:
 
 
 def ablation() -> Iterator[Run]:
-    """V-trace is the scripts' default and not named, so that these runs are those of `staleness`."""
+    """V-trace is the scripts' default. Its flag is left out, so that these runs equal those of `staleness`."""
     for source, kl in itertools.product((None, "recompute"), (0, 0.03, KL, 0.3)):
         yield from grid(["gipo"], FIVE, LOCOMOTION, buffers(1, 8, 32), kl, advantage_source=source)
     for sigma in (0.2, 0.5, 1.0, 2.0):
@@ -185,7 +185,7 @@ def metaworld() -> Iterator[Run]:
     methods = ("gipo", "clip", "sapo", "none")
     large = {"num_envs": 8, "num_steps": 64, "buffer_epochs": 40}
     yield from grid(methods, FIVE, METAWORLD, [large], total_timesteps=300_000)
-    # the method's authors': new data is a two-thousandth of the buffer
+    # the stale regime of the method's authors: new data is a two-thousandth of the buffer
     small = {"num_envs": 1, "num_steps": 10, "buffer_epochs": 2000, "minibatch_size": 512, "num_minibatches": 1}
     yield from grid(methods, THREE, (METAWORLD[0], METAWORLD[-1]), [small], total_timesteps=100_000)
 
@@ -217,14 +217,15 @@ def rllib() -> Iterator[Run]:
 
 
 def llm() -> Iterator[Run]:
-    """A tiny language model sorts digits; the defaults of gipo_trl.py, and TRL's of the other losses."""
-    for seed, k, lag, kl, loss in itertools.product(THREE, (1, 8, 32), (0, 8, 32), (KL, 0), TRL_LOSSES):
+    """A tiny language model sorts digits. GIPO has the defaults of gipo_trl.py, the other losses those of TRL."""
+    dials = ((1, 0), (8, 0), (32, 0), (1, 8), (1, 32))
+    for seed, (k, lag), kl, loss in itertools.product(THREE, dials, (KL, 0), TRL_LOSSES):
         flags = {"surrogate": loss, "seed": seed, "buffer_epochs": k, "policy_lag": lag, "kl_coef": kl}
         yield Run(loss, "gipo_trl.py", words(flags), TRL)
 
 
 def quick() -> Iterator[Run]:
-    """The scripts' defaults, in ten minutes of two cores; no Atari game is learned in that time."""
+    """The scripts' defaults, in ten minutes on two cores. No Atari game is learned in that time."""
     for seed, k, (env_id, steps), method in itertools.product(THREE, (1, 8), QUICK.items(), PAIR):
         yield run(method, env_id, seed, total_timesteps=steps, buffer_epochs=k)
 
@@ -235,18 +236,18 @@ EXPERIMENTS = {experiment.__name__.replace("_", "-"): experiment for experiment 
 
 @dataclass
 class Args:
-    """Run what is missing of an experiment, and keep a row of each run in benchmark/results/."""
+    """Run the missing runs of an experiment, and keep a row of each in benchmark/results/."""
 
     experiment: tyro.conf.Positional[Literal[*EXPERIMENTS]]
-    """which experiment"""
+    """name of the experiment"""
     dry_run: bool = False
-    """print the commands of the runs that are missing, and run none"""
+    """print the commands of the missing runs, and run none of them"""
     only: str = ""
-    """run only those whose command contains this"""
+    """run only runs whose command contains this text"""
 
 
 def main(args: Args) -> int:
-    """Returns the exit code: 1 if a run failed, 2 if tuning is missing or --only fits none, 130 after Ctrl-C."""
+    """Returns the exit code: 1 if a run failed, 2 if tuning is missing or --only fits no run, 130 after Ctrl-C."""
     try:
         chosen = [one for one in EXPERIMENTS[args.experiment]() if args.only in one.command]
     except Missing as error:
@@ -256,10 +257,10 @@ def main(args: Args) -> int:
         print(f"error: --only {args.only}: give a part of a command that --dry-run prints.", file=sys.stderr)
         return 2
     try:
-        workers = 1 if args.experiment.startswith("rllib") else None  # each run has processes of its own
+        workers = 1 if args.experiment.startswith("rllib") else None  # because each run starts processes of its own
         return min(run_all(args.experiment, chosen, args.dry_run, workers), 1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; the same command continues", file=sys.stderr)
         return 130
 
 

@@ -1,9 +1,9 @@
-"""Figures and tables from benchmark/results/*.csv and nothing else; the same files give the same bytes.
+"""Figures and tables, made only from benchmark/results/*.csv; the same files give the same bytes.
 
-./benchmark.sh report        # rewrites docs/figures and what stands between the markers of the pages
+./benchmark.sh report        # rewrites docs/figures and the texts between the markers of the pages
 
-An experiment without rows leaves its figure and its places on the pages as they are. A cell of a table and a point of a
-figure stand for several runs, and appear once all of these are there.
+The figure and the texts of an experiment without rows stay as they are. Each cell of a table and each point of a figure
+stands for several runs. It appears once all of them are there.
 """
 
 import itertools
@@ -61,13 +61,13 @@ def number(found: tuple[float, float, float], digits: int = 2) -> str:
 
 
 def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """Markdown."""
+    """A table in Markdown."""
     head = list(head)
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
 def cross(cells: dict[tuple[Hashable, Hashable], str], lines: dict, columns: dict | None = None) -> str:
-    """Markdown: cells by (line, column) under the names of both; a line that has no cell is left out."""
+    """A table in Markdown of cells by (line, column), with the names of both. Lines without a cell are left out."""
     columns = columns or {column: str(column) for _, column in cells}
     shown = [line for line in lines if any((line, column) in cells for column in columns)]
     return table(
@@ -76,9 +76,9 @@ def cross(cells: dict[tuple[Hashable, Hashable], str], lines: dict, columns: dic
 
 
 def verdict(ours: Scores, theirs: Scores, where: str, names=("GIPO", "PPO-clip"), digits: int = 2) -> str:
-    """A sentence about two methods on the same environments, by the interval of the difference; empty without those.
+    """A sentence that compares two methods by the interval of their difference; empty if their environments differ.
 
-    Fewer than FEW seeds are named, because intervals are too narrow then.
+    It says how many seeds there are if they are fewer than FEW, because intervals are too narrow then.
     """
     if not ours or ours.keys() != theirs.keys():
         return ""
@@ -107,7 +107,7 @@ def intervals(cells: dict[Hashable, Scores], digits: int = 2) -> dict[Hashable, 
 
 
 def fill(name: str, text: str):
-    """Put a text between the markers of that name, wherever a page has them; `ValueError` if none has."""
+    """Put a text between the markers of that name on each page that has them. Raises `ValueError` if no page has."""
     between, filled = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", 0
     for page in PAGES:
         old = page.read_text()
@@ -142,15 +142,15 @@ def kl_panels(xlabel: str, lines: dict, kl: Callable = lambda line: line[1]) -> 
 
 
 def pooled(scale: Scale, cells: dict, line: Hashable, sizes: Iterable) -> Scores:
-    """The scores of a line in several columns together; none where one of them is not there."""
+    """The scores of a line in several columns together; empty if a column is missing."""
     own = [cells.get((line, size)) for size in sizes]
     return scale(*own) if all(own) else {}
 
 
 def details(cells: dict[Hashable, Rows], name: Callable[[Hashable], str]) -> str:
-    """Markdown: for each cell the mean final return by environment, and means of MEASURES at the end of training.
+    """A table in Markdown: for each cell the mean final return by environment, and means of MEASURES at the end.
 
-    A run that diverged has the return of random actions, and no other measure.
+    A run that diverged counts with the return of random actions. It has no other measure.
     """
     zero, lines = evidence.zeros(), []
     envs = list(dict.fromkeys(row["env_id"] for known in cells.values() for row in known))
@@ -188,7 +188,7 @@ def staleness() -> Texts:
 
 
 def headline(scale: Scale, cells: dict, texts: dict, others: list, columns: dict) -> Texts:
-    """GIPO, PPO-clip and the best of the others on old data, all with KL; and what these and plain PPO-clip show."""
+    """GIPO, PPO-clip and the best other method on old data, all with KL. The verdict also has PPO-clip without KL."""
     shown = [("gipo", KL), ("clip", KL), *others[:1]]
     ours, plain = ("gipo", KL), ("clip", 0)
 
@@ -294,7 +294,7 @@ def peers() -> Texts:
 
 # ----------------------------------------------- The rest as it is measured ------------------------------------------
 def variant(run: Run) -> str:
-    """What sets runs of an environment apart, besides the method."""
+    """What distinguishes runs of one method and environment."""
     if run.value("--buffer-reuse"):
         return f"reuse {run.value('--buffer-reuse')}"
     parts = [f"K = {run.value('--buffer-epochs')}"]
@@ -325,7 +325,7 @@ def draw_raw(cells: dict[tuple[str, str, str], Rows], path: Path, ylabel: str, l
 
 
 def raw_verdict(cells, column: str, digits: int = 2, pool: bool = False, names=("GIPO", "PPO-clip")) -> str:
-    """GIPO against PPO-clip in each place; environments are pooled where a column means the same in all of them."""
+    """GIPO against PPO-clip in each place. `pool` joins the environments, if a column means the same in all of them."""
     random, found = evidence.zeros(column), defaultdict(lambda: defaultdict(dict))
     for (method, env_id, name), known in cells.items():
         place = f"With {name}" if pool else f"{short(env_id)}, {name}:"
@@ -334,7 +334,7 @@ def raw_verdict(cells, column: str, digits: int = 2, pool: bool = False, names=(
 
 
 def raw(experiment: str, column: str = "final_return", digits: int = 0, labels: dict[str, str] = LABELS) -> Texts:
-    """Figure, table and verdict of returns or successes as they are, beside random actions."""
+    """Figure, table and verdict of returns or successes without scaling, next to random actions."""
     cells, random = raw_cells(experiment), evidence.zeros(column)
     draw_raw(cells, FIGURES / f"{experiment}.png", "return", labels)
     samples = {key: evidence.values(known, column, random) for key, known in cells.items()}
@@ -351,7 +351,7 @@ def ant() -> Texts:
 
 
 def metaworld() -> Texts:
-    """Success, and the score that the paper probably has: 0 and 1 are the worst and the best return of all methods."""
+    """Success, and the score that the paper probably has: 0 is the worst return of all methods and 1 the best."""
     cells, random, found = raw_cells("metaworld"), evidence.zeros(), {}
     for name in dict.fromkeys(name for *_, name in cells):
         own = {
@@ -392,10 +392,10 @@ def llm() -> Texts:
     labels = LABELS | {"clip": "TRL's clip"}
     lines = {(m, kl): f"{labels[m]} {'with' if kl else 'without'} KL" for kl in (KL, 0) for m in TRL_LOSSES}
     styles = {(m, kl): (name, NAMES[m][1], "-" if kl else ":") for (m, kl), name in lines.items()}
-    panels = []
-    for lag in sorted({lag for _, (_, lag) in found}):
-        own = {(line, k): sample for (line, (k, other)), sample in found.items() if other == lag}
-        panels.append(Panel(f"policy lag L = {lag}", "generations K in the replay buffer", own))
+    panels = [
+        Panel("", "generations K in the replay buffer", {(x, k): y for (x, (k, lag)), y in found.items() if lag == 0}),
+        Panel("", "policy lag L, generations", {(x, lag): y for (x, (k, lag)), y in found.items() if k == 1}),
+    ]
     against(panels, styles, FIGURES / "llm.png", "reward at the end of training")
 
     old = {
@@ -423,7 +423,7 @@ def tune() -> Texts:
 
 
 def costs() -> Texts:
-    """What many actors of RLlib can be expected to do, from the costs that were measured with one."""
+    """Estimates for many actors of RLlib, from the costs that were measured with one."""
     known = {row["quantity"]: float(row["value"]) for row in rows("costs")}
     measured = [f"{1000 * known[f'{name}_seconds']:.3g} ms" for name in ("play", "receive", "batch", "update")]
     measured.append(f"{known['message_bytes'] / 1024:.0f} KiB")
@@ -441,7 +441,7 @@ SECTIONS = (tune, staleness, ablation, freeze, lag, ant, metaworld, peers, minig
 
 
 def main() -> int:
-    """Make figure, table and verdict of every experiment that has rows. Returns 2 if one lacks its ground."""
+    """Make figure, table and verdict of each experiment that has rows. Returns 2 if one needs missing results."""
     matplotlib.use("Agg")
     code = 0
     for section in SECTIONS:
