@@ -1,26 +1,27 @@
 #!/usr/bin/env bash
 # Measurements of the scripts and the evidence. --help after a subcommand lists its flags (costs has none).
 #
-#   ./benchmark.sh quick        GIPO and PPO-clip on fresh and stale data, in about ten minutes of two cores
+#   ./benchmark.sh quick        GIPO and PPO-clip on fresh and stale data, in about ten minutes on two cores
 #   ./benchmark.sh speed        steps per second next to the bare environments, and where the time goes
 #
-# The evidence, in benchmark/results/*.csv; what is there already is not run again, so move a file away to make it anew:
+# The evidence, in benchmark/results/*.csv. Runs that have a row there are skipped, so move a file away to repeat them.
+# random and costs have no such rows and always measure anew.
 #
 #   ./benchmark.sh random       random actions, the zero of the scores
-#   ./benchmark.sh tune         bandwidths, with and without KL, on environments that are not reported; before the rest
+#   ./benchmark.sh tune         bandwidths with and without KL, on environments that are not reported; run this first
 #   ./benchmark.sh staleness    return against the size K of the replay buffer
 #   ./benchmark.sh ablation     GIPO's V-trace, KL term and sigma, one at a time
 #   ./benchmark.sh freeze       nothing enters the buffer after a third of the training
-#   ./benchmark.sh lag          the policy that acts is up to 8 iterations old
+#   ./benchmark.sh lag          the behaviour policy is up to 8 iterations old
 #   ./benchmark.sh ant          return against K on Ant, 300,000 steps
 #   ./benchmark.sh metaworld    five tasks, and the stale regime of the method's authors on two of them
 #   ./benchmark.sh minigrid     pixels and words, large buffers and a policy lag
 #   ./benchmark.sh atari        Pong and Breakout from pixels
 #   ./benchmark.sh peers        Stable-Baselines3's PPO and SAC, in an environment of their own: .venv-peers
-#   ./benchmark.sh rllib-tune   learning rates of the next
-#   ./benchmark.sh rllib        APPO with GIPO's loss and its own, in an environment of its own: .venv-rllib
+#   ./benchmark.sh rllib-tune   learning rates for rllib
+#   ./benchmark.sh rllib        APPO with GIPO's loss and with its own loss, in an environment of its own: .venv-rllib
 #   ./benchmark.sh llm          a tiny language model, in an environment of its own: .venv-trl
-#   ./benchmark.sh costs        what a message and a gradient step cost there, for an estimate at many actors
+#   ./benchmark.sh costs        what a message and a gradient step cost in gipo_rllib.py, to estimate many actors
 #   ./benchmark.sh report       figures, tables and verdicts from these files
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -2,15 +2,16 @@
 
     loss = -mean(w * r * A) + kl_coef * KL(mu || pi),  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2))
 
-mu is the policy that collected the sample. The KL term pulls pi back towards mu; it is estimated by mean(-log r).
-No gradient flows through w. The authors' released method has a KL term too. (Lu et al. 2026, arXiv:2603.03955)
+mu is the behaviour policy, which collected the sample; A is the sample's advantage. The KL term pulls pi back
+towards mu, and mean(-log r) estimates it.
+No gradient flows through w. The authors' released method also has a KL term. (Lu et al. 2026, arXiv:2603.03955)
 
     python gipo_minigrid_vision.py --buffer-epochs 8      # learn from the last 8 rollouts; --help explains every flag
-    python gipo_minigrid_vision.py --resume runs/RUN      # go on; or --evaluate runs/RUN --capture-video
+    python gipo_minigrid_vision.py --resume runs/RUN      # continue a run; or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
-`diff ppo_baseline.py gipo_atari.py` shows the method, and so do those with gipo_continuous.py and
-gipo_minigrid_vision.py. From `__main__` down all four scripts are identical.
+`diff ppo_baseline.py gipo_atari.py` shows the method. The diffs with gipo_continuous.py and
+gipo_minigrid_vision.py show it too. From `__main__` down, all four scripts are identical.
 """
 
 # /// script
@@ -49,10 +50,10 @@ from tqdm import tqdm
 
 # -------------------------------------------------------- Loss --------------------------------------------------------
 def policy_loss(logratio, advantages, args):
-    """GIPO: the importance ratio times a Gaussian in its logarithm, through which no gradient flows (Lu et al. 2026).
+    """GIPO: the importance ratio times a detached Gaussian of its logarithm (Lu et al. 2026).
 
-    logratio = log pi(a|s) - log mu(a|s), joint over action dimensions, and advantages are (B,). Returns the loss and,
-    detached, the coefficient c of each sample, whose gradient is -c A grad log pi / B.
+    logratio = log pi(a|s) - log mu(a|s), summed over action dimensions, and advantages are (B,). Returns the loss and
+    the detached coefficient c of each sample. A sample's gradient is -c A grad log pi / B.
     """
     z = torch.where(advantages > 0, logratio / args.sigma, logratio / (args.sigma_neg or args.sigma)).detach()
     coef = torch.exp(logratio - 0.5 * z**2)  # ratio * weight in one exponential, which cannot overflow
@@ -60,7 +61,7 @@ def policy_loss(logratio, advantages, args):
 
 
 def minibatch_loss(agent, obs, actions, logprobs, advantages, returns, args):
-    """The loss of a minibatch (B, ...) and, detached, for the log: scalars by tag, log-ratios, coefficients (B,)."""
+    """The loss of a minibatch (B, ...), and detached values for the log: scalars, log-ratios and coefficients (B,)."""
     _, newlogprob, entropy, newvalue = agent.get_action_and_value(obs, actions)
     logratio = newlogprob - logprobs
     if args.norm_adv:
@@ -80,10 +81,10 @@ def minibatch_loss(agent, obs, actions, logprobs, advantages, returns, args):
 
 
 def gradient_step(agent, optimizer, minibatch, args):
-    """One step of Adam on the loss of a minibatch; returns what is logged of it."""
+    """One step of Adam on the loss of a minibatch; returns the values for the log."""
     loss, scalars, logratio, coef = minibatch_loss(agent, *minibatch, args)
     parameters = optimizer.param_groups[0]["params"]
-    # unlike backward(), autograd.grad compiles into one graph with the rest
+    # autograd.grad compiles into one graph with the rest, and backward() does not
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
         parameter.grad = gradient
     scalars["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -92,7 +93,7 @@ def gradient_step(agent, optimizer, minibatch, args):
 
 
 def diagnostics(logratio, coef):
-    """Distance of the policy from those that collected the samples (B,), and how many of these still teach; scalars."""
+    """Scalars: how far pi is from the behaviour policies, and how many of the samples (B,) still teach."""
     ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88), and an outlier would swamp the mean
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could overflow
     return {
@@ -111,40 +112,40 @@ def diagnostics(logratio, coef):
 @dataclass
 class Args:
     env_id: str = "MiniGrid-Fetch-5x5-N2-v0"
-    """environment id, or module:id for one that an importable module of yours registers"""
+    """environment id; write module:id if a module of yours registers it"""
     total_timesteps: int = 150_000
-    """environment steps, at most, summed over the parallel environments (100000 to 10000000)"""
+    """environment steps in total, over all environments; rounded down to whole rollouts (100000 to 10000000)"""
     seed: int = 1
     """seed of torch and of the environments"""
     exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the name of the run's folder"""
+    """name of the experiment; the name of the run's folder contains it"""
     device: str | None = None
-    """where network and replay buffer live: cpu, cuda, cuda:1 or mps; None takes CUDA if there is one"""
+    """device of the network and the replay buffer: cpu, cuda, cuda:1 or mps; None uses CUDA if it is available"""
     compile: bool = False
-    """torch.compile the whole gradient step: a slower start, then faster updates of small networks"""
+    """compile the gradient step with torch.compile: a slower start, then faster updates of small networks"""
     track: bool = False
-    """log to Weights and Biases too; set WANDB_PROJECT, WANDB_MODE, ... in the environment"""
+    """also log to Weights and Biases; its environment variables apply (WANDB_PROJECT, WANDB_MODE, ...)"""
 
     checkpoint_interval: int = 50
-    """iterations between checkpoints, each of which replaces the last (10 to 500)"""
+    """iterations between checkpoints; each checkpoint replaces the last one (10 to 500)"""
     resume: Path | None = None
-    """go on with the run in this folder and its flags; flags given now replace them; environments start anew; more
-    --total-timesteps make an annealed learning rate jump up to that of the longer run"""
+    """continue the run in this folder. Its flags apply, except those given now. The environments start new episodes.
+    With a larger --total-timesteps, an annealed learning rate jumps up to that of the longer run"""
     evaluate: Path | None = None
-    """do not train, but play --eval-episodes with the agent of the run in this folder"""
+    """load the agent of the run in this folder and play --eval-episodes with it, without training"""
     eval_episodes: int = 10
-    """full episodes to play with the trained agent, on seeds that training does not use (10 to 100); 0 plays none"""
+    """full episodes to play with the trained agent, on seeds that training does not use; 0 plays none (10 to 100)"""
     capture_video: bool = False
-    """evaluate on one episode only, and record it as an mp4 in the run's folder"""
+    """evaluate on a single episode and record it as an mp4 in the run's folder"""
 
     num_envs: int = 16
-    """parallel environments N (4 to 64)"""
+    """number N of parallel environments (4 to 64)"""
     num_steps: int = 64
-    """steps T per environment and rollout; an iteration collects T x N transitions (64 to 2048)"""
+    """steps T of each environment in a rollout; an iteration collects T x N transitions (64 to 2048)"""
     learning_rate: float = 1e-3
     """Adam's step size (1e-4 to 1e-3)"""
     anneal_lr: bool = True
-    """let the learning rate fall linearly to 0 over the run"""
+    """lower the learning rate linearly to 0 over the run"""
     gamma: float = 0.99
     """discount factor (0.9 to 0.999)"""
     gae_lambda: float = 0.95
@@ -154,7 +155,7 @@ class Args:
     num_minibatches: int = 4
     """minibatches per update epoch, one gradient step each (1 to 32)"""
     minibatch_size: int | None = None
-    """transitions per minibatch (64 to 4096); None splits one rollout evenly: T x N / --num-minibatches"""
+    """transitions per minibatch; None splits one rollout evenly, T x N / --num-minibatches (64 to 4096)"""
     norm_adv: bool = True
     """normalize the advantages of each minibatch to mean 0 and standard deviation 1"""
     ent_coef: float = 0.03
@@ -162,24 +163,25 @@ class Args:
     vf_coef: float = 0.5
     """weight of the value loss (0.25 to 1)"""
     max_grad_norm: float = 0.5
-    """largest norm of the gradient; a longer one is scaled down to it (0.5 to 10)"""
+    """largest norm of the gradient; a longer gradient is scaled down to this norm (0.5 to 10)"""
 
     buffer_epochs: int = 1
-    """rollouts K that the replay buffer keeps; 1 is PPO's on-policy storage, more reuses older data (1 to 64)"""
+    """rollouts K in the replay buffer; 1 is PPO's on-policy storage, larger values reuse older data (1 to 64)"""
     policy_lag: int = 0
     """act with the policy from L iterations ago (0 to 16)"""
     freeze_buffer_at: int | None = None
-    """stop filling the buffer at this environment step; None: never"""
+    """stop filling the buffer at this environment step; None never stops"""
     advantage_source: Literal["vtrace", "recompute", "stored"] = "vtrace"
-    """recompute advantages with the current critic in each iteration, or keep those stored at collection; vtrace
-    recomputes them and also corrects for how the policy has changed since"""
+    """stored: keep the advantages from collection
+    recompute: recompute them in each iteration with the current critic
+    vtrace: recompute them, and correct them for the drift of the policy since collection"""
 
     sigma: float = 0.5
-    """width of the weight, in log-ratio units summed over action dimensions; smaller trusts old data less (0.2 to 2)"""
+    """width of the Gaussian weight, in units of the joint log-ratio; a smaller width trusts old data less (0.2 to 2)"""
     sigma_neg: float | None = None
-    """width where the advantage is not positive; None: the same as sigma (0.1 to 2)"""
+    """width for samples whose advantage is not positive; None uses --sigma (0.1 to 2)"""
     kl_coef: float = 0.1
-    """weight of KL(mu || pi), a pull back to the policy that collected the data (0 to 0.3)"""
+    """weight of the KL(mu || pi) term, which pulls pi back towards the behaviour policy mu (0 to 0.3)"""
 
 
 # smallest and largest value of the numeric flags
@@ -193,20 +195,20 @@ RANGES = (
     (1e-9, 1e9, "max_grad_norm"),
     (1e-9, 10, "sigma sigma_neg"),
 )
-EVAL_STEPS = 30_000  # per episode of the evaluation; a game of the ALE has at most 27,000
+EVAL_STEPS = 30_000  # limit of an evaluation episode, because some never end; an ALE game has at most 27,000 steps
 
 
 # --------------------------------------------- Replay buffer, advantages ----------------------------------------------
 class ReplayBuffer(nn.Module):
-    """The last K rollouts of T x N transitions; K = 1 is PPO's storage. (A module only for its state_dict.)
+    """The last K rollouts of T x N transitions; K = 1 is PPO's storage. It is a module only to have a state_dict.
 
-    Fields are (K, T + 1, N, ...). The next observation of row t is row t + 1, so row T holds an observation alone.
-    `valid` is false there and in the row after the end of an episode: gymnasium ignores its action and resets
-    (NEXT_STEP autoreset), so it is no transition.
+    Fields are (K, T + 1, N, ...). The next observation of row t is in row t + 1, so row T holds only an observation.
+    `valid` is false in row T and in the row after the end of an episode. The latter is not a transition, because
+    gymnasium ignores its action and resets (NEXT_STEP autoreset).
     """
 
     def __init__(self, obs, actions, args, device):
-        """Makes room for observations and actions such as these, arrays (N, ...)."""
+        """Allocates the fields; `obs` and `actions` are examples, arrays (N, ...)."""
         super().__init__()
         numbers = dict.fromkeys(
             ("logprobs", "rewards", "values", "advantages", "returns"), np.zeros(len(obs), np.float32)
@@ -215,14 +217,14 @@ class ReplayBuffer(nn.Module):
         for name, array in ({"obs": obs, "actions": actions} | numbers | marks).items():
             example = torch.as_tensor(array, device=device)
             self.register_buffer(name, example.new_zeros(args.buffer_epochs, args.num_steps + 1, *example.shape))
-        self.versions = nn.Buffer(torch.full((args.buffer_epochs,), -1))  # on the CPU; of the policy that acted, or -1
+        self.versions = nn.Buffer(torch.full((args.buffer_epochs,), -1))  # on the CPU; of the behaviour policy, or -1
 
     def rows(self, *names):
-        """Views of these fields with one row for each transition."""
+        """Views of these fields, flattened to one row for each of the K x (T + 1) x N entries."""
         return [getattr(self, name).flatten(0, 2) for name in names]
 
     def sample(self, n):
-        """n flat indices of valid transitions, uniform, without replacement until all were drawn once."""
+        """n flat indices of valid transitions, drawn uniformly; none comes twice before all have come once."""
         valid = self.valid.flatten().nonzero().squeeze(1)
         rounds = math.ceil(n / len(valid))
         return valid[torch.cat([torch.randperm(len(valid), device=valid.device) for _ in range(rounds)])[:n]]
@@ -231,9 +233,9 @@ class ReplayBuffer(nn.Module):
 def compute_gae(rewards, values, ratios, terminated, dones, gamma, gae_lambda):
     """Advantages (Schulman et al. 2016) and value targets, (..., T, N), corrected by V-trace (Espeholt et al. 2018).
 
-    rewards, terminated and dones are (..., T, N), values and ratios = min(1, pi / mu) are (..., T + 1, N).
-    Ratios of 1 give plain GAE. A terminated step is worth its reward alone. A truncated step also ends the sum, but
-    bootstraps from the next row, which holds the final observation.
+    rewards, terminated and dones are (..., T, N); values and ratios = min(1, pi / mu) are (..., T + 1, N).
+    Ratios of 1 give plain GAE. The target of a terminated step is its reward alone. A truncated step also ends the sum,
+    but it bootstraps from the next row, which holds the final observation.
     """
     delta = rewards + gamma * values[..., 1:, :] * ~terminated - values[..., :-1, :]
     decay = gamma * gae_lambda * ~dones * ratios[..., 1:, :]
@@ -247,8 +249,8 @@ def compute_gae(rewards, values, ratios, terminated, dones, gamma, gae_lambda):
 
 @torch.no_grad()
 def refresh_advantages(buffer, slots, iteration, agent, args):
-    """Advantages and value targets of the rollouts in these slots, by the current critic and, for V-trace, policy."""
-    obs, actions, logprobs, values = buffer.rows("obs", "actions", "logprobs", "values")  # views: values are written
+    """Recompute advantages and value targets of these slots with the current critic; V-trace also needs the policy."""
+    obs, actions, logprobs, values = buffer.rows("obs", "actions", "logprobs", "values")  # views, to write values
     ratios = torch.ones_like(buffer.values)
     index = torch.arange(len(values), device=values.device).view_as(buffer.values)
     fresh = buffer.versions[slots] == iteration
@@ -266,7 +268,7 @@ def refresh_advantages(buffer, slots, iteration, agent, args):
 
 # ---------------------------------------------- Checkpoints, evaluation -----------------------------------------------
 def require(condition, message, code=2):
-    """Exit with one sentence, on a line of its own below the progress bar, unless the condition holds."""
+    """Exit with one sentence, on a line apart from the progress bar, unless the condition holds."""
     if not condition:
         tqdm.write(f"error: {message}", file=sys.stderr)
         sys.exit(code)
@@ -274,7 +276,7 @@ def require(condition, message, code=2):
 
 @contextlib.contextmanager
 def exit_on_error(what, code=2):
-    """Exit with one sentence, and without a traceback, if something fails; each library fails in its own way."""
+    """Exit with one sentence instead of a traceback on any error, because each library has its own exceptions."""
     try:
         yield
     except Exception as error:
@@ -282,11 +284,11 @@ def exit_on_error(what, code=2):
 
 
 def save_checkpoint(folder, iteration, args, parts):
-    """Save all but the environments; a rename puts it in place, so that no crash leaves half a file."""
+    """Save everything except the environments. A rename puts the file in place, so that no crash leaves half of it."""
     checkpoint = {name: part.state_dict() for name, part in parts.items()} | {"iteration": iteration}
     checkpoint["args"] = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     checkpoint["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-    with exit_on_error(f"{folder}: the checkpoint cannot be written; an earlier one stays as it is", code=1):
+    with exit_on_error(f"{folder}: the checkpoint cannot be written; an earlier one is kept", code=1):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "checkpoint.tmp").open("wb") as file:
             torch.save(checkpoint, file)
@@ -302,11 +304,11 @@ def stream_seed(seed, part):
 
 
 def start_envs(make_envs, args, num_envs, seed, **render):
-    """Make and reset environments of the seeds `seed`, `seed` + 1, ..."""
-    with exit_on_error(f"--capture-video: {args.env_id} cannot be drawn" if render else f"--env-id {args.env_id}"):
+    """Make and reset environments with the seeds `seed`, `seed` + 1, ..."""
+    with exit_on_error(f"--capture-video: {args.env_id} cannot be rendered" if render else f"--env-id {args.env_id}"):
         envs = make_envs(args, num_envs, seed, **render)
         obs, _ = envs.reset(seed=seed)
-        require(not render or np.ndim(envs.render()[0]) == 3, f"--capture-video: {args.env_id} draws no picture.")
+        require(not render or np.ndim(envs.render()[0]) == 3, f"--capture-video: {args.env_id} renders no picture.")
     return envs, obs
 
 
@@ -318,7 +320,7 @@ class Episodes:
         self.ended, self.names = [], ["episodic_return", "episodic_length"]
 
     def step(self, rewards, valid, dones, infos):
-        """Count a step of all environments, (N,) each; `ended` takes the episodes that are done with it."""
+        """Count one step of all environments, (N,) each; episodes that end with it move to `ended`."""
         self.running[:2] += (rewards * valid, valid)
         for i in np.flatnonzero(infos.get("_success", False) & valid):
             if np.ndim(infos["success"]) and isinstance(infos["success"][i], (int, float, np.generic)):
@@ -328,15 +330,15 @@ class Episodes:
         self.running[:, dones] = 0
 
     def means(self, prefix):
-        """Means over the episodes that ended, by tag; that of success once the environment has reported one."""
+        """Means over the episodes in `ended`, by tag; success is left out until the environment has reported it."""
         return {prefix + name: float(np.mean(column)) for name, column in zip(self.names, zip(*self.ended))}
 
 
 @torch.no_grad()
 def evaluate(make_envs, agent, args, device, video_path):
-    """Play one full episode in each of some environments that training has not seen; prints and returns the means.
+    """Play one full episode in each environment, on seeds that training does not use; print and return the means.
 
-    Actions are sampled. Taking the first episodes that end in fewer environments would over-represent short ones.
+    Actions are sampled. Each environment plays one episode, because the first N to end would over-represent short ones.
     """
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     num_envs = 1 if args.capture_video else args.eval_episodes
@@ -373,16 +375,16 @@ def layer_init(layer, std=math.sqrt(2)):
 
 
 # -------------------------------------------------- MiniGrid vision ---------------------------------------------------
-# every word that a mission of minigrid 3.2 or its BabyAI levels can have; 0 is padding
+# every word in the missions of minigrid 3.2 and its BabyAI levels; id 0 is padding
 VOCABULARY = """a after and at avoid ball behind blue box door end fetch find from front get go goal green grey
     hallway in key lava left matching maze must near next object of on open opening pick purple put
     reach red right room rooms square the then to traverse unlock up use yellow you your""".split()
 WORD_IDS = {word: i for i, word in enumerate(VOCABULARY, start=1)}
-MAX_WORDS = 40  # a few of BabyAI's longest missions lose their end
+MAX_WORDS = 40  # a few of BabyAI's longest missions are cut off
 TILE = 8
 VIEW = 7 * TILE
 PIXELS = VIEW * VIEW * 3
-# tasks, by the beginning of their id, that need only some of the seven actions
+# tasks that need only some of the seven actions, by the beginning of their id
 ACTIONS = {
     "MiniGrid-Fetch": (0, 1, 2, 3),  # left, right, forward, pickup
     "MiniGrid-GoTo": (0, 1, 2, 6),  # left, right, forward, done
@@ -440,7 +442,7 @@ def make_minigrid_envs(args, num_envs, seed, **render):
         env = gym.make(args.env_id, disable_env_checker=True, **render)
         obs, action = env.observation_space, env.action_space
         shapes = {key: part.shape for key, part in obs.items()} if isinstance(obs, gym.spaces.Dict) else {}
-        rule = f"--env-id {args.env_id}: give MiniGrid's 7 x 7 view and mission, and actions that count from 0."
+        rule = f"--env-id {args.env_id}: it needs MiniGrid's 7 x 7 view, a mission, and actions that count from 0."
         require("mission" in shapes and shapes.get("image") == (7, 7, 3), rule)
         require(isinstance(action, gym.spaces.Discrete) and action.start == 0, rule)
         return PixelsAndWords(env, args.env_id)
@@ -449,9 +451,9 @@ def make_minigrid_envs(args, num_envs, seed, **render):
 
 
 class MinigridAgent(nn.Module):
-    """Embeds each 8 x 8 patch and scales it by the sum of the mission's words, whose order is not read.
+    """Embeds each 8 x 8 patch and scales it by the sum of the mission's word embeddings, so word order is lost.
 
-    That is FiLM (Perez et al. 2018) without its shift; observations (B, 9448) uint8.
+    This is FiLM (Perez et al. 2018) without its shift; observations (B, 9448) uint8.
     """
 
     def __init__(self, envs, args):
@@ -488,7 +490,7 @@ DOMAINS = {
 
 
 def read_args():
-    """The flags and, with --resume or --evaluate, the checkpoint, whose flags hold unless they are given anew."""
+    """The flags, and the checkpoint of --resume or --evaluate, whose flags hold except those that are given anew."""
     Flags = Union[tuple(DOMAINS)]  # noqa: UP007 (one class here, three in the baseline)
     args, checkpoint = tyro.cli(Flags, description=__doc__), {"iteration": 0}
     folder = args.evaluate or args.resume
@@ -510,7 +512,7 @@ def read_args():
     least = rollout if args.evaluate else (checkpoint["iteration"] + 1) * rollout
     fits = args.minibatch_size or (rollout % args.num_minibatches == 0 and rollout > args.num_minibatches)
     require(least <= args.total_timesteps, f"--total-timesteps {args.total_timesteps}: give at least {least}.")
-    require(fits, f"--num-minibatches {args.num_minibatches}: give a smaller divisor of one rollout, {rollout}.")
+    require(fits, f"--num-minibatches {args.num_minibatches}: give a proper divisor of one rollout, {rollout}.")
     require(args.eval_episodes or not (args.evaluate or args.capture_video), "--eval-episodes 0: give 1 or more.")
     return args, checkpoint
 
@@ -520,7 +522,7 @@ if __name__ == "__main__":
     args, checkpoint = read_args()
     make_envs, Agent = DOMAINS[type(args)]
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = True  # one seed, one result on a GPU too
+    torch.backends.cudnn.deterministic = True  # so that one seed gives one result on a GPU too
     with exit_on_error(f"--device {args.device}"):
         device = torch.zeros(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     batch_size = args.num_steps * args.num_envs
@@ -545,32 +547,32 @@ if __name__ == "__main__":
             torch.set_rng_state(checkpoint["rng"][0])
             torch.cuda.set_rng_state_all(checkpoint["rng"][1:][: torch.cuda.device_count()])
 
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"  # no two share it
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"  # no two runs may share it
     folder = resumed or Path("runs", re.sub(r"[^\w.-]", "-", run_name))
     if args.evaluate:
         evaluate(make_envs, agent, args, device, folder / f"{global_step}.mp4")
         sys.exit()
     if args.capture_video:
-        start_envs(make_envs, args, 1, seed, render_mode="rgb_array")[0].close()  # fails now, not after the training
+        start_envs(make_envs, args, 1, seed, render_mode="rgb_array")[0].close()  # to fail now, not after the training
     if args.track:
         try:
             import wandb
 
             wandb.init(name=folder.name, sync_tensorboard=True, config=vars(args))
-        except Exception as error:  # tracking must not cost a run
+        except Exception as error:  # tracking must not end a run
             print(f"warning: the run goes on without Weights and Biases: {error}", file=sys.stderr)
     save_checkpoint(folder, first_iteration, args, parts)
-    writer = SummaryWriter(folder, purge_step=first_step + 1)  # what came after the checkpoint is logged again
+    writer = SummaryWriter(folder, purge_step=first_step + 1)  # steps after the checkpoint are logged again
     writer.add_text("hyperparameters", f"`{args}`", first_step)
     print(f"{folder}: {'goes on' if resumed else 'starts'} after step {first_step}")
     if args.compile:
         gradient_step = torch.compile(gradient_step)
         torch._dynamo.config.trace_autograd_ops = True
-    stops = []  # signals that came; the run stops at the end of the iteration
+    stops = []  # signals received; the run stops at the end of the iteration
     handlers = {
         s: signal.signal(s, lambda signum, _: stops.append(signum))
         for s in signal.Signals
-        if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(s) != signal.SIG_IGN  # as SIGHUP under nohup
+        if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(s) != signal.SIG_IGN  # nohup ignores SIGHUP
     }
 
     next_obs = torch.as_tensor(envs.reset(seed=seed)[0], device=device)  # again: the agent may have taken random steps
@@ -585,7 +587,7 @@ if __name__ == "__main__":
         version = max(0, iteration - args.policy_lag)
         actors[iteration % len(actors)].load_state_dict(agent.state_dict())
         frozen = args.freeze_buffer_at is not None and global_step >= args.freeze_buffer_at
-        slot = iteration % args.buffer_epochs  # of the oldest rollout, which the new one overwrites
+        slot = iteration % args.buffer_epochs  # the oldest rollout, which the new one overwrites
         rollout = {name: field[slot] for name, field in buffer.named_buffers()}  # views
 
         # Rollout
@@ -599,7 +601,7 @@ if __name__ == "__main__":
             next_valid = ~(terminations | truncations)
             episodes.step(reward, valid, ~next_valid, infos)
             if not frozen:
-                # in Atari a lost life ends the return like a death, but the game goes on: no autoreset follows
+                # in Atari a lost life ends the return, but the game continues, so no autoreset follows
                 terminated = terminations | infos.get("life_lost", False)
                 row = {"obs": obs, "actions": action, "logprobs": logprob, "values": value, "rewards": reward}
                 row |= {"terminated": terminated, "dones": terminated | truncations, "valid": valid}

@@ -1,9 +1,9 @@
-"""GIPO on Ray RLlib's asynchronous engine: APPO's actors and circular buffer, GIPO's loss in the place of its clip.
+"""GIPO on Ray RLlib's asynchronous engine: APPO's actors and circular buffer, with GIPO's loss in place of its clip.
 
     loss = -mean(w * r * A) + kl_coef * KL(mu || pi),  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2))
 
-mu is the policy that acted, some updates ago, on another process or machine; A are V-trace's advantages. No gradient
-flows through w.
+mu is the behaviour policy, which acted some updates ago in another process or on another machine. A is the advantage
+under V-trace's value targets. No gradient flows through w.
 
     pip install -r requirements-rllib.txt                         # an environment of its own
     python gipo_rllib.py                                          # CartPole, two actors on this machine
@@ -12,7 +12,7 @@ flows through w.
     python gipo_rllib.py --resume runs/RUN
     tensorboard --logdir runs
 
---surrogate clip is APPO's clipped loss at the same settings, advantages and bootstrap.
+--surrogate clip selects APPO's clipped loss, by default without the KL term. Value targets and bootstrap are the same.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from ray.tune.registry import register_env
 from tensorboardX import SummaryWriter
 
-CHECKPOINT = "checkpoint-*"  # in the run's folder, with the step, as is ARGS
+CHECKPOINT = "checkpoint-*"  # in the run's folder, as is ARGS; the star is the step
 ARGS = "args.json"
 SHOWN = ("charts/episodic_return", "offpolicy/age_mean", "offpolicy/abs_logratio_p95", "charts/SPS")
 
@@ -60,65 +60,66 @@ class Args:
     """GIPO on RLlib's APPO."""
 
     env_id: str = "CartPole-v1"
-    """environment id: vectors or ALE/*-v5, with discrete or continuous actions"""
+    """environment id: one with vector observations, or ALE/*-v5; actions may be discrete or continuous"""
     total_timesteps: int = 300_000
-    """environment steps in all, summed over the actors (100000 to 1000000000)"""
+    """environment steps in total, over all actors (100000 to 1000000000)"""
     address: str | None = None
-    """Ray cluster to join, as in ray.init; none starts a local one"""
+    """address of the Ray cluster to join, as in ray.init; None starts a local cluster"""
     resume: Path | None = None
-    """go on with the run in this folder and its flags; only the address, steps and intervals here may be new"""
+    """continue the run in this folder with its flags.
+    Only --address, --total-timesteps, --checkpoint-interval and --iteration-seconds may be new"""
     checkpoint_interval: int = 10
-    """iterations between checkpoints, each of which replaces the last (1 to 100); one more is saved at the end. What is
-    not finite, of observations, rewards, losses or weights, stops the run instead"""
+    """iterations between checkpoints; each checkpoint replaces the last one (1 to 100). One more is saved at the end.
+    The run stops without saving when an observation, reward, loss or weight is not finite"""
     iteration_seconds: float = 5.0
-    """shortest time between two lines of the log (1 to 60)"""
+    """shortest time between two lines of the log, in seconds (1 to 60)"""
 
     seed: int = 1
-    """seed of the actors' environments and of the learners; the order of batches is never the same twice"""
+    """seed of the actors' environments and of the learners; equal seeds still differ in the order of batches"""
     exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the name of the run's folder"""
+    """name of the experiment; the name of the run's folder contains it"""
     num_env_runners: int = 2
-    """actors, one process and one core each (1 to 1000)"""
+    """number of actors; each takes one process and one core (1 to 1000)"""
     num_envs: int = 4
     """environments per actor (1 to 64)"""
     num_steps: int = 50
-    """steps per environment that an actor sends at a time (20 to 200)"""
+    """steps per environment in each message of an actor (20 to 200)"""
     num_learners: int = 0
-    """learner processes; 0 learns in the main process (0 to 8)"""
+    """number of learner processes; 0 learns in the main process (0 to 8)"""
     num_gpus: int = 0
     """GPUs per learner (0 or 1)"""
 
     batch_size: int = 600
-    """transitions of one gradient step of a learner, rounded up to whole rollouts of an actor (200 to 4000)"""
+    """transitions per gradient step of a learner, rounded up to whole rollouts of an actor (200 to 4000)"""
     buffer_batches: int = 8
-    """batches that the circular buffer keeps; offpolicy/age_mean says how stale that makes them (1 to 64)"""
+    """batches in the circular buffer; offpolicy/age_mean logs how stale their samples are (1 to 64)"""
     buffer_reuse: int = 2
-    """how often a batch may be learned from before it is dropped (1 to 32)"""
+    """largest number of gradient steps on a batch before it is dropped (1 to 32)"""
     learning_rate: float = 5e-4
     """Adam's step size (1e-4 to 1e-3)"""
     reward_scale: float = 1.0
-    """factor on the rewards that are learned from, to bring returns to an order of 10; logged returns stay true"""
+    """factor on the rewards that are learned from, to bring returns to an order of 10; logged returns are unscaled"""
     gamma: float = 0.99
     """discount factor (0.9 to 0.999)"""
     norm_adv: bool = True
-    """normalize the advantages of each batch to mean 0 and standard deviation 1, which APPO itself does not"""
+    """normalize the advantages of each batch to mean 0 and standard deviation 1; APPO itself does not"""
     ent_coef: float = 0.0
     """weight of the entropy bonus (0 to 0.02)"""
     vf_coef: float = 0.5
     """weight of the value loss (0.05 to 1)"""
     max_grad_norm: float = 20.0
-    """largest norm of the gradient; a longer one is scaled down to it (0.5 to 40)"""
+    """largest norm of the gradient; a longer gradient is scaled down to this norm (0.5 to 40)"""
 
     surrogate: Literal["gipo", "clip"] = "gipo"
     """policy loss; clip is APPO's own"""
     sigma: float = 0.5
-    """gipo: width of the weight, in units of the joint log-ratio (0.2 to 2)"""
+    """gipo: width of the Gaussian weight, in units of the joint log-ratio (0.2 to 2)"""
     sigma_neg: float | None = None
-    """gipo: width where the advantage is not positive; None is the same as sigma (0.1 to 2)"""
+    """gipo: width for samples whose advantage is not positive; None uses --sigma (0.1 to 2)"""
     clip_coef: float = 0.4
-    """clip: how far the ratio to the target network may go from 1 (0.1 to 0.4)"""
+    """clip: how far the ratio to the target network may move from 1 (0.1 to 0.4)"""
     kl_coef: float | None = None
-    """weight of KL(mu || pi), a pull back to the policy that acted (0 to 0.3); None is 0.1 for gipo and 0 for clip"""
+    """weight of the KL(mu || pi) term, which pulls pi back to mu (0 to 0.3); None is 0.1 for gipo and 0 for clip"""
 
     def __post_init__(self):
         if self.kl_coef is None:
@@ -143,7 +144,7 @@ RANGES = (
 
 
 class BadInput(ValueError):
-    """Ends the script with one sentence, which names the mistake and the fix, and this exit code."""
+    """Ends the script with this exit code and one sentence, which names the mistake and the fix."""
 
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
@@ -151,14 +152,14 @@ class BadInput(ValueError):
 
 
 def require(condition: bool, message: str, code: int = 2):
-    """Raise `BadInput(message)` unless the condition holds (NaN compares false, so it never passes a range)."""
+    """Raise `BadInput(message)` unless the condition holds. NaN fails every range, because it compares false."""
     if not condition:
         raise BadInput(message, code)
 
 
 @contextlib.contextmanager
 def one_sentence(what: str, code: int = 2):
-    """Whatever fails in here becomes a `BadInput`; each library fails in its own way."""
+    """Turn any error in this block into a `BadInput`, because each library has its own exceptions."""
     try:
         yield
     except BadInput:
@@ -170,10 +171,10 @@ def one_sentence(what: str, code: int = 2):
 
 # ------------------------------------------------------- Loss --------------------------------------------------------
 def policy_loss(logratio, advantages, args):
-    """GIPO: the importance ratio times a Gaussian in its logarithm, through which no gradient flows (Lu et al. 2026).
+    """GIPO: the importance ratio times a detached Gaussian of its logarithm (Lu et al. 2026).
 
-    logratio = log pi(a|s) - log mu(a|s), joint over action dimensions, and advantages are (B,). Returns the loss and,
-    detached, the coefficient c of each sample, whose gradient is -c A grad log pi / B.
+    logratio = log pi(a|s) - log mu(a|s), summed over action dimensions, and advantages are (B,). Returns the loss and
+    the detached coefficient c of each sample. A sample's gradient is -c A grad log pi / B.
     """
     z = torch.where(advantages > 0, logratio / args.sigma, logratio / (args.sigma_neg or args.sigma)).detach()
     coef = torch.exp(logratio - 0.5 * z**2)  # ratio * weight in one exponential, which cannot overflow
@@ -181,7 +182,7 @@ def policy_loss(logratio, advantages, args):
 
 
 def diagnostics(logratio, coef):
-    """Distance of the policy from those that collected the samples (B,), and how many of these still teach; scalars."""
+    """Scalars: how far pi is from the behaviour policies, and how many of the samples (B,) still teach."""
     ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88), and an outlier would swamp the mean
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could overflow
     return {
@@ -197,9 +198,9 @@ def diagnostics(logratio, coef):
 
 
 def clip_loss(logratio, old_logratio, pg_advantages, args: Args):
-    """APPO's loss and coefficients: what is clipped is the ratio to the target network.
+    """APPO's loss and coefficients; it clips the ratio to the target network.
 
-    old_logratio = log pi_target(a|s) - log mu(a|s); V-trace's pg_advantages are scaled by its exponential, 1 at most.
+    old_logratio = log pi_target(a|s) - log mu(a|s). V-trace scales pg_advantages by its exponential, at most 1.
     """
     ratio = torch.exp(-old_logratio).clamp(0, 2) * torch.exp(logratio)
     low, high = 1 - args.clip_coef, 1 + args.clip_coef
@@ -212,11 +213,11 @@ def clip_loss(logratio, old_logratio, pg_advantages, args: Args):
 class Learner(APPOTorchLearner):
     """APPO's learner with the policy loss that --surrogate names, and the scripts' diagnostics."""
 
-    broken = False  # a loss was not finite
+    broken = False  # true once a loss was not finite
 
     def update(self, *args, **kwargs):
-        # RLlib queues means every few gradient steps and reads them every few batches: with reuse it falls ever further
-        # behind, and would log those of long ago
+        # RLlib queues means every few gradient steps, but reads them every few batches. With reuse it would lag ever
+        # further behind and log old means.
         while self._learner_thread_out_queue.qsize() > 1:
             self._learner_thread_out_queue.get()
         return super().update(*args, **kwargs)
@@ -238,10 +239,10 @@ class Learner(APPOTorchLearner):
         values = rows(module.compute_values(batch, embeddings=fwd_out.get(Columns.EMBEDDINGS)))
         rewards, in_time = args.reward_scale * batch[Columns.REWARDS], rows(mask.float())
         rewards = rows(rewards.clamp(-1, 1) if args.env_id.startswith("ALE/") else rewards)
-        # the masked row ends a rollout with its value; RLlib's own reward of 0 there would make a death of each end
+        # a masked row ends a rollout with its value; RLlib's own reward of 0 there would make every end a termination
         rewards = torch.where(in_time > 0, rewards, values.detach())
         discounts = config.gamma * (1 - rows(batch[Columns.TERMINATEDS].float())) * in_time
-        bootstrap = values[0].roll(-1)  # the last one follows a masked row
+        bootstrap = values[0].roll(-1)  # the last one is not used, because it follows a masked row
         targets, pg_advantages = vtrace_torch(
             target_action_log_probs=rows(old_logprobs),
             behaviour_action_log_probs=rows(logprobs),
@@ -255,7 +256,7 @@ class Learner(APPOTorchLearner):
         valid = in_time > 0
 
         if args.surrogate == "gipo":
-            # without V-trace's own ratio, for the weight has one
+            # without V-trace's own ratio, because GIPO's loss contains one
             next_targets = torch.cat([targets[1:], bootstrap.unsqueeze(0)])
             pg_advantages = (rewards + discounts * next_targets - values).detach()
         advantages = pg_advantages[valid]
@@ -276,9 +277,9 @@ class Learner(APPOTorchLearner):
 
         entropy_loss = policy.entropy()[mask].mean()
         loss = pg_loss + args.kl_coef * kl - args.ent_coef * entropy_loss + args.vf_coef * v_loss
-        # RLlib makes a step of 0 of such a loss, and drops NaN from its means
+        # noted here, because RLlib turns such a loss into a step of 0 and drops NaN from its means
         self.broken = ~loss.detach().isfinite() | self.broken
-        # in gradient steps; RLlib has counted this one already
+        # the age is in gradient steps, and RLlib has already counted this one
         age = (self._weights_seq_no - 1 - batch[WEIGHTS_SEQ_NO][mask]).float()
         scalars = diagnostics(logratio.detach(), coef)
         scalars |= {"losses/policy_loss": pg_loss, "losses/value_loss": v_loss, "losses/entropy": entropy_loss}
@@ -291,9 +292,9 @@ class Learner(APPOTorchLearner):
 
 # ------------------------------------------------------- Engine -------------------------------------------------------
 class Finite(gym.Wrapper):
-    """Notes in `broken` what is not finite, and puts 0 in its place.
+    """Replaces what is not finite by 0, and notes its name in `broken`.
 
-    NaN would stay in the means that normalize the observations of all actors, and no action can be drawn from it.
+    NaN would stay in the means that normalize the observations of all actors, and no action can be drawn from NaN.
     """
 
     def __init__(self, env):
@@ -316,14 +317,14 @@ class Finite(gym.Wrapper):
 
 
 def report_broken(env_runner, metrics_logger, **_):
-    """What an actor's environments noted goes to the main process with its rollouts."""
+    """Send what an actor's environments noted to the main process, together with its rollouts."""
     names = set().union(*env_runner.env.unwrapped.get_attr("broken"))
     for name in ("observations", "rewards"):
         metrics_logger.log_value(f"not_finite/{name}", float(name in names), reduce="max")
 
 
 def make_config(args: Args) -> APPOConfig:
-    """RLlib's settings for these flags; `BadInput` if the environment does not fit."""
+    """RLlib's settings for these flags. Raises `BadInput` if the environment does not fit."""
     with_pixels = args.env_id.startswith("ALE/")
 
     def make_env(_):
@@ -356,12 +357,12 @@ def make_config(args: Args) -> APPOConfig:
         filters = [[32, 8, 4], [64, 4, 2], [64, 3, 1]]  # Mnih et al. 2015
         model = DefaultModelConfig(conv_filters=filters, head_fcnet_hiddens=[512], vf_share_layers=True)
     prepare = partial(FrameStackingEnvToModule, num_frames=4) if with_pixels else MeanStdFilter
-    # actions in the environment's own units, as in the scripts: scaled to (-1, 1), a mean drifts past the bounds, where
-    # all actions are one and nothing can be learned
+    # Actions keep the environment's own units, as in the scripts. If they were scaled to (-1, 1), the mean would drift
+    # past the bounds, where all actions are equal and nothing can be learned.
     config = APPOConfig().environment(args.env_id, normalize_actions=False, clip_actions=True)
     config.env_runners(
         num_env_runners=args.num_env_runners,
-        create_env_on_local_worker=True,  # plays while no actor lives, and says what is wrong with the environment
+        create_env_on_local_worker=True,  # plays while no actor is alive, and reports errors of the environment
         num_envs_per_env_runner=args.num_envs,
         rollout_fragment_length=args.num_steps,
         env_to_module_connector=lambda *_, **__: prepare(),
@@ -384,7 +385,7 @@ def make_config(args: Args) -> APPOConfig:
         entropy_coeff=args.ent_coef,
         vf_loss_coeff=args.vf_coef,
     )
-    config.fault_tolerance(delay_between_env_runner_restarts_s=1)  # not a minute
+    config.fault_tolerance(delay_between_env_runner_restarts_s=1)  # instead of RLlib's minute
     config.callbacks(on_sample_end=report_broken)
     config.rl_module(model_config=model)
     config.reporting(min_time_s_per_iteration=args.iteration_seconds)
@@ -392,13 +393,13 @@ def make_config(args: Args) -> APPOConfig:
 
 
 def read_args() -> Args:
-    """Flags, over those of the run that --resume names; a mistake exits with 2."""
+    """The flags, on top of those of the run that --resume names. A mistake raises `BadInput`."""
     args = tyro.cli(Args, description=__doc__)
     folder = args.resume
     if not folder:
         return args
     with one_sentence(f"--resume {folder}: give the folder of a run with a checkpoint"):
-        # runs of the first edition had no such term
+        # runs of the first edition had no KL term
         saved = Args(**({"kl_coef": 0.0} | json.loads((folder / ARGS).read_text())), resume=folder)
         step = step_of(newest_checkpoint(folder))
     args = tyro.cli(Args, default=saved)
@@ -420,10 +421,10 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def save(algorithm, folder: Path, step: int):
-    """Save a checkpoint with RLlib's means, under its name only when it is whole; then older ones go."""
+    """Save a checkpoint by RLlib's own method. It gets its name once it is complete; then older ones are deleted."""
     named = folder / CHECKPOINT.replace("*", str(step))
     if named.exists():
-        return  # no step came since
+        return  # there was no step since
     new = folder / "saving"
     with one_sentence(f"{folder} keeps its last checkpoint, because the new one cannot be written", code=1):
         shutil.rmtree(new, ignore_errors=True)
@@ -435,7 +436,7 @@ def save(algorithm, folder: Path, step: int):
 
 
 def scalars_of(result: dict) -> dict[str, float]:
-    """What RLlib reports of an iteration, under the scripts' tags."""
+    """What RLlib reports about an iteration, under the scripts' tags."""
     actors, tolerance = result["env_runners"], result["fault_tolerance"]
     scalars = {
         "charts/episodic_return": actors.get("episode_return_mean"),
@@ -445,7 +446,7 @@ def scalars_of(result: dict) -> dict[str, float]:
     }
     learner = result.get("learners", {}).get("default_policy", {})
     scalars |= {tag: value for tag, value in learner.items() if tag.startswith(("charts/", "losses/", "offpolicy/"))}
-    # NaN is RLlib's word for what did not happen in this iteration
+    # RLlib reports NaN for what did not happen in this iteration
     return {tag: float(value) for tag, value in scalars.items() if value is not None and math.isfinite(value)}
 
 
@@ -458,14 +459,14 @@ def not_finite(result: dict, weights: dict) -> list[str]:
 
 def main(args: Args, config: APPOConfig):
     if not args.env_id.startswith("ALE/"):
-        torch.set_num_threads(1)  # for networks this small threads only wait for each other, and actors need the cores
+        torch.set_num_threads(1)  # threads of networks this small wait for each other, and actors need the cores
     stops = []
 
     def stop_after_iteration(signum, _):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C aborts at once
         stops.append(signum)
 
-    # as under nohup; what Ray starts inherits it, for a terminal that closes sends this signal to all of them
+    # as under nohup; Ray's processes inherit this, because a closing terminal sends the signal to all of them
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with one_sentence(f"--address {args.address}"):
         ray.init(address=args.address, include_dashboard=None if args.address else False, log_to_driver=False)
@@ -489,7 +490,7 @@ def main(args: Args, config: APPOConfig):
         save(algorithm, folder, 0)  # so that there is one, however early the run stops
         table = "\n".join(f"|{name}|{value}|" for name, value in saved.items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    print(f"{folder}: waits for {args.num_env_runners} actors, each of which takes one core", flush=True)
+    print(f"{folder}: waits for {args.num_env_runners} actors; each takes one core", flush=True)
 
     step, restarts, first = 0, 0, None
     for iteration in itertools.count(1):

@@ -1,4 +1,4 @@
-"""The figures' common parts: lines in one style for each method, the same bytes for the same numbers."""
+"""Common parts of the figures. Each method has one line style, and the same numbers give the same bytes."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ SCALE = "random = 0, PPO-clip at K = 1 is 1"
 
 @dataclass
 class Panel:
-    """Scores of each (line, x), or the x at the end and the learning curve (CURVE_POINTS,) of each line."""
+    """Scores by (line, x), or for each line its last x and its learning curve (CURVE_POINTS,)."""
 
     title: str
     xlabel: str
@@ -33,7 +33,7 @@ class Panel:
 
 
 def figure(draw, panels: list[Panel], styles: dict, path: Path, ylabel: str, sharey: bool = False):
-    """Panels side by side with a common legend, as a PNG without the version of the library."""
+    """Panels side by side with a common legend. The PNG omits the library's version, which would change its bytes."""
     made = plt.figure(figsize=(4 * len(panels) + 2, 3.8), layout="constrained")
     shown = {}
     row = made.subplots(1, len(panels), squeeze=False, sharey=sharey)[0]
@@ -50,7 +50,7 @@ def figure(draw, panels: list[Panel], styles: dict, path: Path, ylabel: str, sha
 
 
 def against(panels: list[Panel], styles: dict, path: Path, ylabel: str = f"final return: {SCALE}"):
-    """Interquartile mean and interval against the values of a dial, evenly spaced; a line for each of `styles`."""
+    """Interquartile mean and interval against the values of a dial, evenly spaced; one line for each style."""
 
     def draw(axes, found, styles):
         ticks = sorted({x for _, x in found})
@@ -60,7 +60,7 @@ def against(panels: list[Panel], styles: dict, path: Path, ylabel: str = f"final
             label, color, dashes = styles[line]
             xs = [x for x in ticks if (line, x) in found]
             middle, low, high = np.array([scores.iqm_with_interval(found[line, x]) for x in xs]).T
-            at = [ticks.index(x) + 0.05 * (i - (len(shown) - 1) / 2) for x in xs]  # beside each other
+            at = [ticks.index(x) + 0.05 * (i - (len(shown) - 1) / 2) for x in xs]  # so that intervals do not overlap
             (handles[label],) = axes.plot(at, middle, color=color, linestyle=dashes, marker="o", markersize=4)
             axes.vlines(at, low, high, color=color, linewidth=1)
         axes.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
@@ -71,7 +71,7 @@ def against(panels: list[Panel], styles: dict, path: Path, ylabel: str = f"final
 
 
 def over_time(panels: list[Panel], styles: dict, path: Path, ylabel: str, mark: float | None = None):
-    """Learning curves, with an x to mark in each panel."""
+    """Learning curves, with a vertical line at x = `mark` if one is given."""
 
     def draw(axes, lines, styles):
         handles = {}

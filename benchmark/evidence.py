@@ -1,4 +1,4 @@
-"""From the rows of benchmark/results/ to scores: what counts as 0 and as 1, and which cells are complete."""
+"""Turns the rows of benchmark/results/ into scores: what counts as 0 and as 1, and which cells are complete."""
 
 import itertools
 import sys
@@ -16,9 +16,9 @@ Rows = list[dict[str, str]]
 
 
 def complete(experiment: str, key: Callable[[Run], Hashable]) -> dict[Hashable, Rows]:
-    """The rows of an experiment by key(run), where all runs of a key are there; the others are named on stderr.
+    """The rows of an experiment by key(run), for the keys that have all their runs; stderr names the others.
 
-    `Missing` if there is none.
+    Raises `Missing` if no key has all its runs.
     """
     done, found = finished(), defaultdict(list)
     for run in dict.fromkeys(EXPERIMENTS[experiment]()):
@@ -34,9 +34,7 @@ def complete(experiment: str, key: Callable[[Run], Hashable]) -> dict[Hashable, 
         code[row["command"].split()[1]].add(f"{row['revision']} with {row['versions']}")
     for script, versions in code.items():
         if len(versions) > 1 or any("+" in version.split()[0] for version in versions):
-            print(
-                f"{experiment}: rows are of different code: {script} at {', '.join(sorted(versions))}", file=sys.stderr
-            )
+            print(f"{experiment}: rows have different code: {script} at {', '.join(sorted(versions))}", file=sys.stderr)
     return whole
 
 
@@ -46,11 +44,11 @@ def kl_of(run: Run) -> float:
 
 
 def values(known: Iterable[dict], column: str, diverged: dict[str, float]) -> Scores:
-    """A column by environment; a run that diverged counts as `diverged` says of its environment."""
+    """A column by environment. A run that diverged counts as `diverged` of its environment."""
     found = defaultdict(list)
     for row in known:
         if row["diverged"] == "1" and row["env_id"] not in diverged:
-            raise Missing(f"{row['env_id']} has no random actions; run ./benchmark.sh random first.")
+            raise Missing(f"{row['env_id']} has no row of random actions; run ./benchmark.sh random first.")
         found[row["env_id"]].append(diverged[row["env_id"]] if row["diverged"] == "1" else float(row[column]))
     return {env_id: np.array(x) for env_id, x in found.items()}
 
@@ -61,14 +59,14 @@ def zeros(column: str = "final_return") -> dict[str, float]:
 
 
 class Scale:
-    """Scores of the final return in which random actions are 0 and 1 is the mean of PPO-clip at K = 1, without KL."""
+    """Scores of the final return. Random actions score 0, and the mean of PPO-clip at K = 1 without KL scores 1."""
 
     def __init__(self):
         self.zero, done, on_policy = zeros(), finished(), []
         for run in EXPERIMENTS["staleness"]():
             if run.method == "clip" and run.value("--buffer-epochs") == "1" and kl_of(run) == 0:
                 if run.command not in done or run.value("--env-id") not in self.zero:
-                    raise Missing("0 and 1 are not known; run ./benchmark.sh random and staleness first.")
+                    raise Missing("the scale is not known yet; run ./benchmark.sh random and staleness first.")
                 on_policy.append(done[run.command])
         self.one = {env_id: x.mean() for env_id, x in values(on_policy, "final_return", self.zero).items()}
         for env_id, one in self.one.items():
@@ -76,7 +74,7 @@ class Scale:
                 raise Missing(f"{env_id} has no scale, because PPO-clip at K = 1 is no better than random actions.")
 
     def __call__(self, *cells: Rows) -> Scores:
-        """The scores of cells together; an environment is a stratum of its own in each of them."""
+        """The scores of several cells together. Each environment of each cell is a stratum of its own."""
         found = [scores.normalize(values(known, "final_return", self.zero), self.zero, self.one) for known in cells]
         return {f"{env_id} {i}": x for i, own in enumerate(found) for env_id, x in own.items()}
 
@@ -87,7 +85,7 @@ class Scale:
 
 
 def curves(known: Rows, diverged: dict[str, float]) -> np.ndarray:
-    """Learning curves (runs, CURVE_POINTS); that of a run that diverged is flat, as `diverged` says."""
+    """Learning curves (runs, CURVE_POINTS). A run that diverged is flat at `diverged` of its environment."""
 
     def curve(row):
         lost = row["diverged"] == "1"
@@ -97,16 +95,16 @@ def curves(known: Rows, diverged: dict[str, float]) -> np.ndarray:
 
 
 def age(actors: int, reuse: int, costs: dict[str, float]) -> float:
-    """Rule for RLlib: the mean age of a sample, in gradient steps, where the learner keeps up.
+    """Rule for RLlib: the mean age of a sample, in gradient steps, if the learner keeps up.
 
-    While an actor plays a message each actor delivers one; filling the batch and sending weights take the time of
-    another batch; and a batch is learned from `reuse` times.
+    While one actor plays a message, every actor delivers one. Filling the batch and sending weights take the time of
+    another batch. Each batch is learned from `reuse` times.
     """
     return reuse * (actors * costs["message_steps"] / costs["batch_steps"] + 1) + (reuse - 1) / 2
 
 
 def speed(actors: int, costs: dict[str, float]) -> tuple[float, bool]:
-    """Estimate for RLlib: steps/s, and whether the learner limits them, which does one thing after the other."""
+    """Estimate for RLlib: steps/s, and whether the learner limits them. The learner does its tasks one by one."""
     played = actors * costs["message_steps"] / costs["play_seconds"]
     batch = costs["batch_seconds"] + costs["reuse"] * costs["update_seconds"]
     learned = 1 / (costs["receive_seconds"] / costs["message_steps"] + batch / costs["batch_steps"])

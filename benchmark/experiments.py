@@ -243,7 +243,7 @@ class Args:
     dry_run: bool = False
     """print the commands of the missing runs, and run none of them"""
     only: str = ""
-    """run only runs whose command contains this text"""
+    """run only the commands that contain this text"""
 
 
 def main(args: Args) -> int:

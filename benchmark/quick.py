@@ -1,9 +1,9 @@
-"""GIPO against PPO-clip in about ten minutes of two cores: fresh and stale data, one environment for each domain.
+"""GIPO against PPO-clip on fresh and stale data, in about ten minutes on two cores.
 
 ./benchmark.sh quick        # draws runs/benchmark/quick.png and prints a verdict
 
-Both take the scripts' defaults. Hopper stands for continuous control and an empty room for MiniGrid; no Atari game is
-learned in ten minutes, see ./benchmark.sh atari. Three seeds show a large difference and no small one.
+Both take the scripts' defaults. Hopper stands for continuous control and an empty room for MiniGrid. No Atari game is
+learned in ten minutes; see ./benchmark.sh atari. Three seeds show a large difference, but not a small one.
 """
 
 import sys
@@ -20,7 +20,7 @@ def main(dry_run: bool = False) -> int:
     """Run what is missing, draw the figure and print the verdicts.
 
     Args:
-        dry_run: print the commands of the runs that are missing, and run none
+        dry_run: print the commands of the missing runs, and run none of them
     """
     code = experiments.main(experiments.Args("quick", dry_run))
     if code or dry_run:

@@ -1,4 +1,4 @@
-"""Returns and success of random actions in every environment that is reported; the returns are the zero of the scores.
+"""Returns and success of random actions in every reported environment. The returns are the zero of the scores.
 
 ./benchmark.sh random        # writes benchmark/results/random.csv
 """
@@ -19,7 +19,7 @@ COLUMNS = ("env_id", "final_return", "final_success")
 
 
 class RandomAgent:
-    """Stands in for an agent: uniform actions."""
+    """Stands in for an agent and draws uniform actions."""
 
     def __init__(self, action_space):
         self.action_space = action_space
@@ -34,7 +34,7 @@ def play(env_id: str) -> dict[str, float]:
     _, script = DOMAINS.get(env_id[:4], CONTINUOUS)
     module = load(Path(script).stem)
     ((Flags, (make_envs, _)),) = module.DOMAINS.items()
-    if env_id in CLASSIC:  # the scripts do not take discrete actions with vectors
+    if env_id in CLASSIC:  # no script takes vectors with discrete actions
 
         def make_envs(args, num_envs, seed):
             return gym.make_vec(args.env_id, num_envs, vectorization_mode="sync")

@@ -1,9 +1,9 @@
-"""What a message of an actor and a gradient step cost gipo_rllib.py at its defaults, on an idle machine.
+"""What a message of an actor and a gradient step cost in gipo_rllib.py, at its defaults on an idle machine.
 
 ./benchmark.sh costs        # writes benchmark/results/costs.csv
 
-One actor, so that on two cores it and the learner do not wait for each other. Seconds; a message is what an actor
-sends at a time.
+There is one actor, so that on two cores it and the learner do not wait for each other. Times are in seconds. A message
+is what an actor sends at a time: --num-steps steps of --num-envs environments.
 """
 
 import csv
@@ -27,7 +27,7 @@ MESSAGES = 100
 
 
 def costs() -> dict[str, float]:
-    """What is measured, by name; beside it the sizes that an estimate needs."""
+    """The measured costs by name, and the sizes that an estimate needs."""
     args = gipo_rllib.Args(num_env_runners=1, iteration_seconds=TRAINING)
     algorithm = gipo_rllib.make_config(args).build_algo()
     result = algorithm.train()
@@ -56,7 +56,7 @@ def costs() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONPATH"] = str(ROOT)  # for the actors
+    os.environ["PYTHONPATH"] = str(ROOT)  # so that the actors find gipo_rllib
     torch.set_num_threads(1)  # as the script does
     ray.init(include_dashboard=False, log_to_driver=False)
     found = costs()

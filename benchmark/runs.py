@@ -1,8 +1,8 @@
 """Runs many training runs, one single-threaded process per core, and keeps one row of each in a CSV file.
 
-A run that has its row is skipped; one that was interrupted goes on from its checkpoint; one that fails is named with
-its log and makes the whole batch fail. One whose loss is not finite any more has not failed: its row says that it
-diverged. A row holds what the run was, its score and its learning curve, so the figures need nothing else.
+A run that has a row is skipped. An interrupted run continues from its checkpoint. A failed run is named with its log,
+and makes the whole batch fail. A run that stops because a value is not finite has not failed; its row says that it
+diverged. A row holds the flags of the run, its score and its learning curve, so the figures need nothing else.
 """
 
 import csv
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from benchmark.scripts import ROOT
 
 RESULTS = ROOT / "benchmark" / "results"
-WORK = ROOT / "runs" / "benchmark"  # folders of runs that have not finished, and logs of those that failed
+WORK = ROOT / "runs" / "benchmark"  # folders of unfinished runs, and logs of failed ones
 CURVE_POINTS = 25
 SETTINGS = (
     "env_id",
@@ -67,20 +67,20 @@ COLUMNS = (
     "command",
     "method",
     *SETTINGS,
-    "diverged",  # 1 for a run that its loss ended; it has no final values
+    "diverged",  # 1 for a run that stopped because a value was not finite; it has no final values
     "final_return",  # mean over the last tenth of the training
     "mean_return",  # area under the learning curve, divided by its length
     "final_success",
     *(tag.split("/")[1] for tag in AT_THE_END),
-    "seconds",  # of the whole process; none if it was interrupted
+    "seconds",  # of the whole process; empty if it was interrupted
     "revision",
     "versions",
-    "curve",  # mean returns of as many equal parts of the training
+    "curve",  # mean returns of CURVE_POINTS equal parts of the training
 )
 
 
 class Missing(Exception):
-    """Results that a command builds on are not there: one sentence that says which command makes them."""
+    """Raised with one sentence when results that a command builds on are missing."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Run:
 
     @property
     def positional(self) -> list[str]:
-        """What stands before the flags: a domain, or a script and its domain."""
+        """The words before the flags: a domain, or a variant, a script and its domain."""
         return list(itertools.takewhile(lambda word: not word.startswith("--"), self.arguments))
 
     @property
@@ -102,7 +102,7 @@ class Run:
         return " ".join(["python", self.script, *self.arguments])
 
     def value(self, flag: str, default: str | None = None) -> str | None:
-        """What an argument says that stands once in the command, or the default."""
+        """The value of a flag that stands once in the command, or the default."""
         return self.arguments[self.arguments.index(flag) + 1] if flag in self.arguments else default
 
     @property
@@ -111,7 +111,7 @@ class Run:
 
 
 def rows(experiment: str) -> list[dict[str, str]]:
-    """What is known of an experiment: a dictionary of COLUMNS for each run that has finished."""
+    """The rows of an experiment: a dictionary of COLUMNS for each finished run."""
     path = RESULTS / f"{experiment}.csv"
     if not path.exists():
         return []
@@ -126,7 +126,7 @@ def finished() -> dict[str, dict[str, str]]:
 
 
 def revision(*scripts: str) -> str:
-    """The commit that last changed any of the scripts; a plus says that one has been changed since."""
+    """The commit that last changed any of the scripts; a plus marks changes that are not committed."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "log", "-1", "--format=%h", "--", *scripts], capture_output=True, text=True).stdout
     changed = subprocess.run([*git, "status", "--porcelain", "--", *scripts], capture_output=True, text=True).stdout
@@ -135,16 +135,17 @@ def revision(*scripts: str) -> str:
 
 @cache
 def versions(python: Path) -> str:
-    """What an interpreter has of PACKAGES."""
+    """The versions of PACKAGES that an interpreter has installed."""
     listed = subprocess.run([python, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
     known = dict(line.split("==", 1) for line in listed.splitlines() if "==" in line)
     return " ".join(f"{name}={known[name]}" for name in PACKAGES if name in known)
 
 
 def curve(points: list[tuple[int, float]], total: int, parts: int) -> np.ndarray:
-    """Means of the points in equal parts of the steps up to `total`; where a part has none, the one before's stands.
+    """Means of the points in equal parts of the steps up to `total`.
 
-    The first parts take the first mean there is; without any point all are NaN.
+    A part without points takes the mean of the part before it. The first parts take the first mean. Without any point,
+    all are NaN.
     """
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
     part = np.minimum((steps - 1) * parts // total, parts - 1)
@@ -188,10 +189,10 @@ def row(run: Run, folder: Path) -> dict:
 
 
 def execute(run: Run) -> dict:
-    """Run to the end and return the row; `CalledProcessError` if the run fails, its log stays in `run.folder`."""
+    """Run to the end and return the row. If the run fails, raise `CalledProcessError`; `run.folder` keeps the log."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / "log.txt").open("a+") as log:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child keeps it, should this process die
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child keeps the lock if this process dies
         scripts = [word for word in (run.script, *run.positional) if word.endswith(".py")]
         current, started = revision(*scripts), run.folder / "revision.txt"
         saved = list(run.folder.glob("runs/*/checkpoint.pt"))
@@ -210,7 +211,7 @@ def execute(run: Run) -> dict:
         log.seek(size)
         output = log.read()
     diverged = code == 1 and "not finite" in output
-    # it had ended, and only its row is missing, because this process was stopped
+    # the run had ended before this process was stopped, and only its row is missing
     ended = resumed and code == 2 and "--total-timesteps" in output
     if code and not diverged and not ended:
         raise subprocess.CalledProcessError(code, command)
@@ -220,7 +221,7 @@ def execute(run: Run) -> dict:
 
 
 def run_all(experiment: str, runs: Iterable[Run], dry_run: bool = False, workers: int | None = None) -> int:
-    """Do what is not done yet, one run per core or `workers` at a time, and print what failed; returns how many did."""
+    """Do the missing runs, one per core or `workers` at a time. Print the failures and return their number."""
     done = finished()
     missing = [run for run in dict.fromkeys(runs) if run.command not in done]
     if dry_run:
@@ -231,7 +232,7 @@ def run_all(experiment: str, runs: Iterable[Run], dry_run: bool = False, workers
 
     def work(run: Run):
         if run.command in finished():
-            return  # another batch has done it meanwhile
+            return  # another batch has done it in the meantime
         found = execute(run)
         with lock, path.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)

@@ -1,8 +1,8 @@
-"""What a user would pick instead: Stable-Baselines3's PPO and SAC at their defaults, logged as the scripts log.
+"""What a user would pick instead: Stable-Baselines3's PPO and SAC at their defaults, with the scripts' log.
 
     .venv-peers/bin/python benchmark/sb3_agent.py --algorithm sac --env-id Hopper-v5
 
-PPO sees normalized observations and rewards, as its documentation advises for MuJoCo; SAC sees both as they are.
+PPO sees normalized observations and rewards, as its documentation advises for MuJoCo. SAC sees both unchanged.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class LogEpisodes(BaseCallback):
-    """Writes the returns of the episodes that end with a step, under the scripts' tag."""
+    """Writes the mean return of the episodes that end with a step, under the scripts' tag."""
 
     def __init__(self, writer: SummaryWriter):
         super().__init__()
@@ -34,9 +34,9 @@ class LogEpisodes(BaseCallback):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithm", choices=("ppo", "sac"), required=True)
+    parser.add_argument("--algorithm", choices=("ppo", "sac"), required=True, help="method to train")
     parser.add_argument("--env-id", default="HalfCheetah-v5", help="a MuJoCo id")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="seed of the method and of the environment")
     parser.add_argument("--total-timesteps", type=int, default=150_000, help="environment steps (1e5 to 1e6)")
     args = parser.parse_args()
 

@@ -1,9 +1,10 @@
-"""Steps per second of Stable-Baselines3's PPO, as `benchmark/speed.py` asks for them; prints a line of JSON.
+"""Steps per second of Stable-Baselines3's PPO, printed as a line of JSON for `benchmark/speed.py`.
 
     .venv-peers/bin/python benchmark/sb3_speed.py --env-id ALE/Breakout-v5 --steps 128 --epochs 4 --batch 256
 
-The environments are those that its users have: make_atari_env with four frames stacked, MiniGrid's own pixels of the
-agent's view (without the mission, which CnnPolicy does not read), MuJoCo with normalized observations and rewards.
+The environments are those that its users have. Atari comes from make_atari_env with four stacked frames. MiniGrid gives
+its own pixels of the agent's view, without the mission, because CnnPolicy does not read it. MuJoCo has normalized
+observations and rewards.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def make_envs(env_id: str, n: int):
 
 
 class Clock(BaseCallback):
-    """Times of the beginnings of rollouts."""
+    """Notes when each rollout begins."""
 
     def __init__(self):
         super().__init__()
@@ -49,12 +50,12 @@ class Clock(BaseCallback):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env-id", default="HalfCheetah-v5", help="an id of MuJoCo, ALE or MiniGrid")
+    parser.add_argument("--env-id", default="HalfCheetah-v5", help="environment id of MuJoCo, ALE or MiniGrid")
     parser.add_argument("--envs", type=int, default=8, help="parallel environments (1 to 64)")
     parser.add_argument("--steps", type=int, default=256, help="steps per environment and rollout (64 to 2048)")
     parser.add_argument("--batch", type=int, default=128, help="transitions per gradient step (64 to 4096)")
     parser.add_argument("--epochs", type=int, default=10, help="passes over a rollout (1 to 10)")
-    parser.add_argument("--iterations", type=int, default=15, help="iterations under the clock (1 to 100)")
+    parser.add_argument("--iterations", type=int, default=15, help="iterations to time (1 to 100)")
     args = parser.parse_args()
 
     envs, policy = make_envs(args.env_id, args.envs)

@@ -1,6 +1,6 @@
 """Statistics of scores: arrays (seeds,) of one method, by environment (Agarwal et al. 2021).
 
-Intervals are stratified bootstraps: seeds are drawn again within each environment.
+Intervals are stratified bootstraps, which draw seeds again within each environment.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def iqm(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def interval(statistic: Callable, *samples: np.ndarray) -> tuple[float, float]:
-    """95 % interval of statistic(*samples, axis=-1), where each sample is drawn again by itself; needs two seeds."""
+    """95 % interval of statistic(*samples, axis=-1). Each sample is drawn again by itself, and needs two seeds."""
     if min(map(len, samples)) < 2:
         return np.nan, np.nan
     if all(np.ptp(sample) == 0 for sample in samples):

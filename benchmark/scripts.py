@@ -1,4 +1,4 @@
-"""Loads the scripts as modules, so that a part of them can be watched or replaced before their body runs."""
+"""Loads the scripts as modules, so that parts of them can be watched or replaced before their body runs."""
 
 import ast
 import importlib.util
@@ -16,13 +16,13 @@ def load(name: str) -> ModuleType:
     alias = f"{name}_{next(_fresh)}"
     spec = importlib.util.spec_from_file_location(alias, ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[alias] = module  # dataclasses and tyro look their classes' module up
+    sys.modules[alias] = module  # dataclasses and tyro look up the module of a class here
     spec.loader.exec_module(module)
     return module
 
 
 def run_body(module: ModuleType):
-    """Runs what stands below `__main__` with sys.argv and the working directory as they are."""
+    """Runs the code below `__main__` with the current sys.argv and working directory."""
     body = ast.parse(Path(module.__file__).read_text())
     body.body = [node for node in body.body if isinstance(node, ast.If)]
     module.__name__ = "__main__"

@@ -1,12 +1,13 @@
-"""How fast the scripts are, next to their bare environments, and where the time goes.
+"""Speed of the scripts next to that of their bare environments, and where the time goes.
 
     ./benchmark.sh speed            # one table on standard output, about half an hour on two idle cores
 
-The PPO of Stable-Baselines3 takes as many gradient steps of the same size; it has an environment of its own.
+The PPO of Stable-Baselines3 takes as many gradient steps of the same size. It runs in .venv-peers, an environment of
+its own.
 
-Every configuration runs in a process of its own: a warm-up, then a fixed number of iterations under the clock. Its bare
-environment, under random actions, is timed right after it in the same process. All that is repeated in turn, so that a
-machine that changes its speed changes all of them; medians are shown. Compare ratios, not steps per second.
+Each configuration runs in a process of its own: a warm-up, then a fixed number of timed iterations. The same process
+then times the bare environment under random actions. The configurations take turns, so that a machine that changes its
+speed changes all of them. The table shows medians. Compare ratios, not steps per second.
 """
 
 import itertools
@@ -30,7 +31,7 @@ import tyro
 from benchmark.experiments import PEERS
 from benchmark.scripts import ROOT, load, run_body
 
-# title: script, flags, iterations under the clock
+# title: script, flags, timed iterations
 CONFIGURATIONS = {
     "HalfCheetah": ("gipo_continuous", "", 15),
     "HalfCheetah, --compile": ("gipo_continuous", "--compile", 15),
@@ -65,16 +66,17 @@ BARE_SECONDS = 5.0
 
 
 def now() -> float:
-    """Seconds, when all that was given to an accelerator is done."""
+    """The time in seconds, once the accelerator has done all its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Clock:
-    """Adds up the seconds of each phase, by watching what the body of a script calls, in the iterations that count.
+    """Adds up the seconds of each phase over the timed iterations, by watching what the body of a script calls.
 
-    The update lasts from an iteration's first sample to update_statistics, so that what is compiled stays as it is.
+    The update lasts from an iteration's first call of sample to update_statistics. Nothing in between is watched, so
+    that compiled code stays as it is.
     """
 
     def __init__(self, module, warmup: int, iterations: int):
@@ -108,7 +110,7 @@ class Clock:
 
         @wraps(function)
         def watched(*args, **kwargs):
-            # what learns belongs to the update, what is called by a watched function to that one
+            # calls with gradients belong to the update, and calls by a watched function belong to that function
             if (phase == "inference" and torch.is_grad_enabled()) or self.watching:
                 return function(*args, **kwargs)
             start, self.watching = now(), True
@@ -138,11 +140,11 @@ class Clock:
 
 
 def bare_speed(envs) -> float:
-    """Environment steps per second under random actions: the emulator's own vector, or one copy of any other."""
+    """Environment steps per second under random actions, of the emulator's own vector or of one copy of any other."""
     copies = getattr(envs.unwrapped, "envs", None)
     env = copies[0] if copies else envs.unwrapped
     if type(env).__name__ == "PixelsAndWords":
-        env = env.env  # what draws and packs is ours
+        env = env.env  # drawing and packing are the script's own work
     size = 1 if copies else envs.num_envs
     env.reset(seed=1)
     env.action_space.seed(1)
@@ -158,12 +160,12 @@ def bare_speed(envs) -> float:
 
 
 def measure(title: str):
-    """Time one configuration in this process and print what was found as a line of JSON."""
+    """Time one configuration in this process and print the result as a line of JSON."""
     script, words, iterations = CONFIGURATIONS[title]
     module = load(script)
     sys.argv = [script, *words.split(), "--eval-episodes", "0", "--checkpoint-interval", "1000000"]
     args, _ = module.read_args()
-    warmup, batch = args.buffer_epochs + 1, args.num_steps * args.num_envs  # the buffer is full then
+    warmup, batch = args.buffer_epochs + 1, args.num_steps * args.num_envs  # then the buffer is full
     # one more iteration, because the last one saves a checkpoint
     sys.argv += ["--total-timesteps", str((warmup + iterations + 1) * batch)]
     clock = Clock(module, warmup, iterations)
@@ -179,7 +181,7 @@ def measure(title: str):
 
 
 def command(title: str) -> list[str]:
-    """What measures a configuration."""
+    """The command that measures a configuration."""
     script, words, iterations = CONFIGURATIONS[title]
     if words != "sb3":
         return [sys.executable, "-m", "benchmark.speed", "--measure", title]
@@ -196,9 +198,9 @@ class Args:
     """Measure the speed of the scripts and print a table."""
 
     repetitions: int = 3
-    """how often each configuration is measured, in turn; the medians are shown (1 to 5)"""
+    """how often each configuration is measured; configurations take turns, and the table shows medians (1 to 5)"""
     only: str = ""
-    """measure only configurations whose title contains this"""
+    """measure only configurations whose title contains this text"""
     measure: Literal["", *CONFIGURATIONS] = ""
     """measure one configuration once, in this process, and print it as JSON"""
 

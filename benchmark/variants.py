@@ -3,8 +3,8 @@
     python benchmark/variants.py sapo ppo_baseline.py continuous --sapo-tau 1 --buffer-epochs 8
     python benchmark/variants.py decoupled ppo_baseline.py atari --tis-cap 2
 
-The script is loaded as a module, the variant puts its loss and its flags into it, and then the script's body runs. So
---help, --resume, --evaluate and bad input work as in the script itself.
+The script is loaded as a module. The variant puts its loss and its flags into that module, and then the script's body
+runs. So --help, --resume, --evaluate and bad input work as in the script itself.
 """
 
 import math
@@ -23,11 +23,11 @@ from benchmark.scripts import load, run_body
 
 
 def exp(logratio):
-    """The importance ratio; its value stops at exp(20), because float32 ends at exp(88), and its gradient does not."""
+    """The importance ratio. Its value stops at exp(20), because float32 ends at exp(88); its gradient does not stop."""
     return torch.exp(logratio - (logratio - 20).clamp(min=0).detach())
 
 
-# Policy losses: see `policy_loss` of the scripts for what goes in and what comes out.
+# Policy losses; `policy_loss` of the scripts says what goes in and what comes out.
 def plain(logratio, advantages, args):
     """Plain importance sampling."""
     ratio = exp(logratio)
@@ -35,7 +35,7 @@ def plain(logratio, advantages, args):
 
 
 def dual_clip(logratio, advantages, args):
-    """PPO-clip, and no gradient beyond a ratio of `dual_clip` where A < 0 (Ye et al. 2020)."""
+    """PPO-clip without a gradient beyond a ratio of `dual_clip` where A < 0 (Ye et al. 2020)."""
     ratio, low, high = exp(logratio), 1 - args.clip_coef, 1 + args.clip_coef
     objective = torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)
     objective = torch.where(advantages > 0, objective, torch.max(objective, args.dual_clip * advantages))
@@ -52,7 +52,7 @@ def sapo(logratio, advantages, args):
 
 
 def tis(logratio, advantages, args):
-    """Truncated importance sampling: the ratio, at most `tis_cap` and without gradient (Ionides 2008)."""
+    """Truncated importance sampling: the ratio is cut off at `tis_cap` and detached (Ionides 2008)."""
     coef = exp(logratio).detach().clamp(max=args.tis_cap)
     return -(coef * advantages * logratio).mean(), coef
 
@@ -103,13 +103,13 @@ LOSSES = {
     "tis": (tis, "tis_cap"),
     "spo": (spo, "spo_eps"),
 }
-# what is done to a loaded script, and flags
+# function that changes a loaded script, and flags
 PATCHES = {"decoupled": (decouple, "tis_cap")}
 VARIANTS = LOSSES | PATCHES
 
 
 def load_variant(name: str, script: str = "ppo_baseline") -> ModuleType:
-    """A script as a module, changed to a variant, whose body has not run; `KeyError` if there is no such variant."""
+    """A script as a module, changed to a variant; its body has not run. Raises `KeyError` for an unknown variant."""
     module, (change, *flags) = load(script), VARIANTS[name]
     mark = f"variant_{name.replace('-', '_')}"  # a field that keeps a checkpoint from being resumed as another method
     fields = [(mark, tyro.conf.Suppress[bool], field(default=True))]
@@ -122,7 +122,7 @@ def load_variant(name: str, script: str = "ppo_baseline") -> ModuleType:
         make_dataclass(cls.__name__, fields, bases=(cls,), namespace={"__doc__": cls.__doc__}): parts
         for cls, parts in module.DOMAINS.items()
     }
-    module.__doc__ = f"{change.__doc__.splitlines()[0]} In the place of PPO-clip in {script}.py."
+    module.__doc__ = f"{change.__doc__.splitlines()[0]} It replaces PPO-clip in {script}.py."
 
     def replace_same(args, **saved):
         if mark not in saved:
