@@ -117,7 +117,7 @@ class GIPOTrainer(GRPOTrainer):
             raise ValueError("TRL stores log mu of old completions only if a generation has more than one step.")
         self.generation = -1
         self.rollouts = deque(maxlen=args.buffer_epochs)  # each a list of minibatches
-        self.policies = deque(maxlen=args.policy_lag + 1)  # weights, the oldest first
+        self.policies = deque(maxlen=args.policy_lag and args.policy_lag + 1)  # weights, the oldest first
         self.drawn = None  # the minibatches to learn from, until TRL replaces its list by a new generation
         self.buffer_file = f"buffer-{args.process_index}.pt"
 
@@ -158,7 +158,7 @@ class GIPOTrainer(GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if self.model.training and self._buffered_inputs is not self.drawn:  # TRL has generated
             self.generation += 1
-            version = max(0, self.generation - self.args.policy_lag)
+            version = self.generation - max(0, len(self.policies) - 1)  # of the policy that generated
             self.rollouts.append([minibatch | {"version": version} for minibatch in self._buffered_inputs])
             stored = [minibatch for rollout in self.rollouts for minibatch in rollout]
             self._buffered_inputs = self.drawn = random.sample(stored, len(self._buffered_inputs))
