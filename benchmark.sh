@@ -18,6 +18,7 @@
 #   ./benchmark.sh minigrid     pixels and words, large buffers and a policy lag
 #   ./benchmark.sh atari        Pong and Breakout from pixels
 #   ./benchmark.sh peers        Stable-Baselines3's PPO and SAC, in an environment of their own: .venv-peers
+#   ./benchmark.sh peers-time   how long an environment step takes with these and with GIPO, on an idle machine
 #   ./benchmark.sh rllib-tune   learning rates for rllib
 #   ./benchmark.sh rllib        APPO with GIPO's loss and with its own loss, in an environment of its own: .venv-rllib
 #   ./benchmark.sh llm          a tiny language model, in an environment of its own: .venv-trl
@@ -34,10 +35,10 @@ subcommand=${1:-}
 case $subcommand in
   quick | speed | report) module=$subcommand; shift ;;
   random) module=random_returns; shift ;;
-  peers | rllib | rllib-tune | costs | llm)
+  peers | peers-time | rllib | rllib-tune | costs | llm)
     module=experiments
     case $subcommand in
-      peers) name=peers requirements=benchmark/requirements-peers.txt ;;
+      peers | peers-time) name=peers requirements=benchmark/requirements-peers.txt ;;
       llm) name=trl requirements=requirements-trl.txt ;;
       *) name=rllib requirements=requirements-rllib.txt ;;
     esac
@@ -46,6 +47,7 @@ case $subcommand in
       ".venv-$name/bin/pip" install --quiet -r "$requirements"
       touch ".venv-$name/installed"
     fi
+    [[ $subcommand == peers-time ]] && { module=peer_times; shift; }
     [[ $subcommand == costs ]] && exec ".venv-$name/bin/python" benchmark/rllib_costs.py
     ;;
   tune | staleness | ablation | freeze | lag | ant | metaworld | minigrid | atari) module=experiments ;;

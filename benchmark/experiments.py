@@ -190,10 +190,15 @@ def metaworld() -> Iterator[Run]:
     yield from grid(methods, THREE, (METAWORLD[0], METAWORLD[-1]), [small], total_timesteps=100_000)
 
 
+def peer(algorithm: str, env_id: str, seed: int, steps: int) -> Run:
+    """A method of Stable-Baselines3, at its defaults."""
+    flags = {"algorithm": algorithm, "env_id": env_id, "seed": seed, "total_timesteps": steps}
+    return Run(f"sb3-{algorithm}", "benchmark/sb3_agent.py", words(flags), PEERS)
+
+
 def peers() -> Iterator[Run]:
     for seed, env_id, algorithm in itertools.product(FIVE, LOCOMOTION, ("ppo", "sac")):
-        flags = {"algorithm": algorithm, "env_id": env_id, "seed": seed, "total_timesteps": STEPS}
-        yield Run(f"sb3-{algorithm}", "benchmark/sb3_agent.py", words(flags), PEERS)
+        yield peer(algorithm, env_id, seed, STEPS)
 
 
 def minigrid() -> Iterator[Run]:

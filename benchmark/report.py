@@ -273,17 +273,19 @@ def peers() -> Texts:
     scale, own = Scale(), complete("staleness", by_flag("--buffer-epochs"))
     cells = {line: own[line, 1] for line in (("gipo", KL), ("clip", 0)) if (line, 1) in own}
     cells |= complete("peers", lambda run: (run.method, None))
-    minutes = {x: np.median([float(r["seconds"]) for r in known if r["seconds"]]) / 60 for x, known in cells.items()}
+    times = {row["method"]: float(row["ratio"]) for row in rows("peer-times")}
+    if not times:
+        raise Missing("seconds per step are not known; run ./benchmark.sh peers-time first.")
     curves = {line: scale.curve(known) for line, known in cells.items()}
     panels = [
         Panel("by data", STEPS_AXIS, {line: (STEPS / 1000, curve) for line, curve in curves.items()}),
-        Panel("by time", "minutes of a core", {line: (minutes[line], curve) for line, curve in curves.items()}),
+        Panel("by time", "time of a core, in runs of GIPO", {x: (times[x[0]], curve) for x, curve in curves.items()}),
     ]
     lines = {line: LABELS[line[0]] if line[1] is None else with_kl(line) for line in cells}
     styles = {line: (label, *NAMES[line[0]][1:]) for line, label in lines.items()}
     over_time(panels, styles, FIGURES / "peers.png", "return: " + SCALE)
     texts = intervals({(line, "final return"): scale(known) for line, known in cells.items()})
-    texts |= {(line, "minutes"): f"{x:.1f}" for line, x in minutes.items()}
+    texts |= {(line, "time per step, GIPO's is 1"): f"{times[line[0]]:.2g}" for line in cells}
     said = [
         verdict(scale(cells["gipo", KL]), scale(cells[peer, None]), "At K = 1", ("GIPO", LABELS[peer]))
         for peer in ("sb3-ppo", "sb3-sac")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from harness import ROOT
 
-from benchmark import random_returns, runs, speed
+from benchmark import peer_times, random_returns, runs, speed
 
 
 def test_speed_accounts_for_the_time(monkeypatch, tmp_path, capsys):
@@ -71,3 +71,16 @@ def test_random_actions_have_a_return(monkeypatch, tmp_path):
     assert 8 <= float(cartpole["final_return"]) < 100
     assert float(hopper["final_return"]) > 0 and hopper["final_success"] == ""
     assert 0 <= float(grid["final_success"]) <= 1
+
+
+def test_times_of_the_peers_leave_out_the_start(monkeypatch, tmp_path):
+    """As if a start took 100 seconds, a step of SAC 5 ms, and one of every other method 1 ms."""
+
+    def seconds(one):
+        return 100 + int(one.value("--total-timesteps")) * (0.005 if one.method == "sb3-sac" else 0.001)
+
+    monkeypatch.setattr(peer_times, "seconds", seconds)
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    peer_times.main()
+    lines = (tmp_path / "peer-times.csv").read_text().splitlines()
+    assert lines == ["method,ratio", "gipo,1", "clip,1", "sb3-ppo,1", "sb3-sac,5"]

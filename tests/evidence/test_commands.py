@@ -25,6 +25,7 @@ ELSEWHERE = {
     "python -m analysis.": "tests/algorithm/test_theory.py",
     "./benchmark.sh speed": "tests/evidence/test_benchmark.py",
     "./benchmark.sh random": "tests/evidence/test_benchmark.py",
+    "./benchmark.sh peers-time": "tests/evidence/test_benchmark.py",
     "./benchmark.sh quick": "tests/evidence/test_report.py",
     "./benchmark.sh report": "tests/evidence/test_report.py",
 }

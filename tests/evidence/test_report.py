@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmark import evidence, experiments, quick, report, runs
+from benchmark import evidence, experiments, peer_times, quick, report, runs
 
 ENVS = {"HalfCheetah-v5": (-300.0, 1000.0), "Hopper-v5": (20.0, 500.0)}
 SCORES = {("clip", 1): 1.0, ("clip", 8): 0.3, ("clip", 32): 0.1}
@@ -158,6 +158,8 @@ def everything(folder, monkeypatch):
     costs = dict.fromkeys(("play_seconds", "receive_seconds", "batch_seconds", "update_seconds", "message_bytes"), 1)
     costs |= dict.fromkeys(("message_steps", "batch_steps", "reuse"), 1)
     write(folder / "costs.csv", [{"quantity": name, "value": value} for name, value in costs.items()])
+    times = [{"method": method, "ratio": 2} for method in peer_times.STEPS]
+    write(folder / "peer-times.csv", times)
     sections = [section.__name__ for section in report.SECTIONS]
     assert {name.replace("_", "-") for name in sections} == experiments.EXPERIMENTS.keys() - {"rllib-tune", "quick"} | {
         "costs"
@@ -197,6 +199,7 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     assert "With K = 2000" in found["metaworld-verdict"] and "3 seeds only" in found["metaworld-verdict"]
     assert "Pong, K = 8: GIPO beats PPO-clip (" in found["atari-verdict"]
     assert "Pendulum, reuse 8: GIPO beats APPO's clip (" in found["rllib-verdict"]
+    assert cells(found["peers"], "SAC of Stable-Baselines3")[1] == "2"
     assert "On old completions without KL GIPO beats VESPO (" in found["llm-verdict"]
     assert len(found["llm"].splitlines()) == 2 + 8 and len(cells(found["llm"], "TRL's clip with KL")) == 5
     assert found["tune"].count(" chosen |") == 12
