@@ -59,7 +59,7 @@ def test_the_three_line_change_turns_a_plain_ppo_into_gipo():
     assert last_length(code.replace(before, after)) > 300
 
 
-def test_the_loss_for_verl_is_that_of_the_scripts(monkeypatch):
+def test_the_loss_for_verl_is_gipo_s(monkeypatch):
     """Run with stand-ins for verl's three functions, which is all that it imports."""
     text = (ROOT / "docs" / "llm.md").read_text()
     code = next(
@@ -79,14 +79,15 @@ def test_the_loss_for_verl_is_that_of_the_scripts(monkeypatch):
     config = SimpleNamespace(global_batch_info={})
     gradients = []
     for own in (True, False):
-        new = (old + 0.5 * torch.randn(4, 7, generator=torch.Generator().manual_seed(2))).requires_grad_()
+        new = (old + torch.randn(4, 7, generator=torch.Generator().manual_seed(2))).requires_grad_()
         if own:
             loss, logged = found["gipo"](old, new, advantages, mask, "token-mean", config)
         else:
             logratio = (new - old)[mask]
             args = SimpleNamespace(sigma=0.5, sigma_neg=0.3)
             loss, coef = load("gipo_continuous").policy_loss(logratio, advantages[mask], args)
-            loss = loss - 0.1 * logratio.mean()
+            pull = logratio.detach().clamp(max=2).exp() - 1  # the gradient of r - 1 - log r, as in gipo_trl.py
+            loss = loss + 0.1 * (pull * logratio).mean()
         loss.backward()
         gradients.append(new.grad)
     torch.testing.assert_close(*gradients)
