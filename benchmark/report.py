@@ -406,11 +406,11 @@ def llm() -> Texts:
     }
     where = {KL: "On old completions with KL", 0: "On old completions without KL"}
     said = [
-        verdict(old["gipo", kl], old[m, kl], where[kl], ("GIPO", labels[m]))
+        verdict(old["gipo", kl], old[m, kl], where[kl], ("GIPO", labels[m]), digits=3)
         for kl, m in itertools.product(where, TRL_LOSSES[1:])
     ]
     columns = {cell: "K = {}, L = {}".format(*cell) for cell in sorted({cell for _, cell in found})}
-    return {"llm": cross(intervals(found), lines, columns), "llm-verdict": sentences(said)}
+    return {"llm": cross(intervals(found, digits=3), lines, columns), "llm-verdict": sentences(said)}
 
 
 # --------------------------------------------------- Tuning and costs ------------------------------------------------
