@@ -117,7 +117,7 @@ class GIPOTrainer(GRPOTrainer):
             raise ValueError("TRL stores log mu of old completions only if a generation has more than one step.")
         self.generation = -1
         self.rollouts = deque(maxlen=args.buffer_epochs)  # each a list of minibatches
-        self.policies = deque(maxlen=args.policy_lag and args.policy_lag + 1)  # weights, the oldest first
+        self.policies = deque(maxlen=args.policy_lag + 1 if args.policy_lag else 0)  # weights, the oldest first
         self.drawn = None  # the minibatches to learn from, until TRL replaces its list by a new generation
         self.buffer_file = f"buffer-{args.process_index}.pt"
 
@@ -143,7 +143,7 @@ class GIPOTrainer(GRPOTrainer):
             self.coef = trl_coefficient(logratio.detach(), inputs["advantages"].unsqueeze(1), self.args)
         for tag, value in diagnostics(logratio[mask].detach(), self.coef.expand_as(mask)[mask]).items():
             self._metrics["train"][tag].append(value.item())
-        # KL(mu || pi), estimated on tokens of mu: r - 1 is 0 on average, and makes fresh tokens pull nowhere
+        # KL(mu || pi), estimated on tokens of mu: r - 1 is 0 on average, and cancels the noise of fresh tokens
         ratio = torch.exp(logratio - (logratio - 2).clamp(min=0).detach())  # at most exp(2), or outliers would rule
         kl = (ratio - 1 - logratio)[mask].mean()
         return loss + self.args.kl_coef * kl / self.current_gradient_accumulation_steps
