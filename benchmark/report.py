@@ -38,7 +38,7 @@ from benchmark.scores import Scores
 from benchmark.scripts import ROOT
 
 FIGURES = ROOT / "docs" / "figures"
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "tables", "gipo", "llm"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "tables", "gipo", "llm", "rllib"))]
 FEW = 5  # seeds
 MEASURES = {
     "abs_logratio_p95": "p95 of abs(log r)",
@@ -415,13 +415,22 @@ def llm() -> Texts:
 
 # --------------------------------------------------- Tuning and costs ------------------------------------------------
 def tune() -> Texts:
-    known, lines = group_scores("tune", tuning()), []
+    known = group_scores("tune", tuning())
+    lines, chosen = [], {}
     for line in LINES:
         method, kl = line
-        for i, flags in enumerate(GRID[method]):
-            chosen = "chosen" if candidate(method, i, kl) == tuned(method, kl) else ""
-            lines.append([with_kl(line), f"`{' '.join(words(flags))}`", f"{known[method, i, kl]:.2f}", chosen])
-    return {"tune": table(["", "flags", "score", ""], lines)}
+        best = tuned(method, kl)
+        for i in range(len(GRID[method])):
+            flags = candidate(method, i, kl)
+            texts = [f"`{' '.join(words(flags))}`", f"{known[method, i, kl]:.2f}"]
+            lines.append([with_kl(line), *texts, "chosen" if flags == best else ""])
+            if flags == best:
+                chosen[line] = f"`{' '.join(words(GRID[method][i]))}` ({texts[1]})"
+    columns = {kl: "with KL" if kl else "without KL" for kl in (KL, 0)}
+    return {
+        "tune": cross(chosen, LABELS, columns),
+        "tune-details": table(["", "flags", "score", ""], lines),
+    }
 
 
 def costs() -> Texts:

@@ -10,7 +10,7 @@ from harness import ROOT
 from benchmark import experiments
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-FIRST_EDITION = ROOT / "docs" / "results.md"  # its commands are those of an older revision
+FIRST_EDITION = ROOT / "docs" / "first-edition.md"  # its commands are those of an older revision
 PAGES = [
     page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), CONTRIBUTING) if page != FIRST_EDITION
 ]

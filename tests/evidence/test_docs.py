@@ -10,13 +10,29 @@ import pytest
 import torch
 from harness import ROOT, load
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_readme_is_short():
+    lines = README.read_text().splitlines()
+    generated = re.findall(r"(<!-- (\S+) -->\n.*?<!-- end of \2 -->)", README.read_text(), re.DOTALL)
+    written = set(lines) - {line for text, _ in generated for line in text.splitlines()}
+    assert len(lines) <= 130 and max(map(len, written)) <= 120
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     assert all((page.parent / link).exists() for link in links), links
+
+
+def test_anchors_of_links_are_headings():
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text()):
+            headings = re.findall(r"^#+ (.*)", (page.parent / target if target else page).read_text(), re.MULTILINE)
+            known = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+            assert anchor in known, f"{page.name}: {target}#{anchor}"
 
 
 def test_functions_that_the_details_name_are_in_the_script():
@@ -30,7 +46,7 @@ def test_functions_that_the_details_name_are_in_the_script():
 
 
 def test_the_hunk_of_the_loss_is_what_diff_prints():
-    shown = re.search(r"<!-- diff of the loss -->\n```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    shown = re.search(r"```diff\n(@@.*?)```", README.read_text(), re.DOTALL)[1]
     command = ["diff", "-U0", ROOT / "ppo_baseline.py", ROOT / "gipo_atari.py"]
     assert "torch.min" in shown and shown in subprocess.run(command, capture_output=True, text=True).stdout
 
@@ -49,7 +65,7 @@ def last_length(code: str) -> float:
 
 @pytest.mark.slow
 def test_the_three_line_change_turns_a_plain_ppo_into_gipo():
-    diff = re.search(r"```diff\n(.*?)```", (ROOT / "docs" / "gipo.md").read_text(), re.DOTALL)[1].splitlines()
+    diff = re.search(r"## Three lines.*?```diff\n(.*?)```", README.read_text(), re.DOTALL)[1].splitlines()
     code = (ROOT / "tests" / "plain_ppo.py").read_text()
     indent = " " * 12
     before = "\n".join(indent + line[1:] for line in diff if line[0] in " -")

@@ -165,7 +165,7 @@ def everything(folder, monkeypatch):
         "costs"
     }
     names = [*sections, *(f"{name}-verdict" for name in sections if name not in ("tune", "costs")), "costs-estimate"]
-    names += ["headline", "headline-verdict", "metaworld-score"]
+    names += ["headline", "headline-verdict", "metaworld-score", "tune-details"]
     names += [f"{name}-details" for name in ("staleness", "ablation", "freeze", "lag")]
     (folder / "page.md").write_text("".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in names))
     return folder
@@ -202,7 +202,8 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     assert cells(found["peers"], "SAC of Stable-Baselines3")[1] == "2"
     assert "On old completions without KL GIPO beats VESPO (" in found["llm-verdict"]
     assert len(found["llm"].splitlines()) == 2 + 8 and len(cells(found["llm"], "TRL's clip with KL")) == 5
-    assert found["tune"].count(" chosen |") == 12
+    assert found["tune-details"].count(" chosen |") == 12
+    assert cells(found["tune"], "GIPO") == ["`--sigma 0.3` (0.00)"] * 2
     assert len(found["headline"].splitlines()) == 2 + 3 and len(cells(found["headline"], "GIPO")) == 3
     assert "With K = 8 or 32 GIPO beats PPO-clip without KL (" in found["headline-verdict"]
     assert all(float(text.split()[0]) > 0.9 for text in cells(found["metaworld-score"], "GIPO"))
