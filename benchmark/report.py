@@ -194,13 +194,13 @@ def headline(scale: Scale, cells: dict, texts: dict, others: list, columns: dict
 
     def said(theirs, sizes, name):
         pair = (pooled(scale, cells, line, sizes) for line in (ours, theirs))
-        return verdict(*pair, f"With {PLACES[sizes]}", ("GIPO", name))
+        return verdict(*pair, f"With {PLACES[sizes]}", (with_kl(ours), name))
 
     found = [said(plain, (8, 32), "PPO-clip without KL")]
     found += [said(line, (8, 32), with_kl(line)) for line in others[:1]]
     found += [said(plain, (1,), "PPO-clip without KL")]
     return {
-        "headline": cross(texts, {line: LABELS[line[0]] for line in shown}, columns),
+        "headline": cross(texts, {line: with_kl(line) for line in shown}, columns),
         "headline-verdict": sentences(found),
     }
 
