@@ -75,7 +75,8 @@ def diagnostics(logratio, coef):
         "losses/kl": -logratio.mean(),
         "losses/approx_kl": (ratio - 1 - logratio).mean(),
         "losses/clipfrac": ((ratio - 1).abs() > 0.2).float().mean(),
-        "offpolicy/abs_logratio_p95": logratio.abs().quantile(0.95),
+        # kthvalue, because torch.quantile does not take bfloat16
+        "offpolicy/abs_logratio_p95": logratio.abs().kthvalue(math.ceil(0.95 * len(logratio))).values,
         "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
         "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
         "offpolicy/coef_mean": coef.mean(),

@@ -247,7 +247,10 @@ def test_diagnostics_are_those_of_the_scripts():
     own, theirs = gipo_trl.diagnostics(logratio, coef), scripts_function("diagnostics")(logratio, coef)
     assert own.keys() == theirs.keys()
     for tag, value in own.items():
-        torch.testing.assert_close(value, theirs[tag], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(value, theirs[tag])
+    coarse = gipo_trl.diagnostics(logratio.bfloat16(), coef.bfloat16())
+    for tag, value in coarse.items():
+        torch.testing.assert_close(value.float(), own[tag], atol=0.02, rtol=0.02)
     assert 0 < own["offpolicy/dead_fraction"] < 1 and 0 < own["offpolicy/ess"] < 1
 
 
