@@ -216,22 +216,23 @@ def ablation() -> Texts:
     terms = {("gipo", s, kl, widths[kl]): f"GIPO, {sources[s]}, KL {kl:g}" for s in sources for kl in widths}
     sigmas = {("gipo", "vtrace", KL, f"{x:g}"): f"GIPO, V-trace, KL {KL:g}, sigma {x:g}" for x in (0.2, 0.5, 1, 2)}
     clip = {line: "PPO-clip, recompute, no KL" for line, _ in cells if line[0] == "clip"}
+    default = ("gipo", "vtrace", KL, widths[KL])
     found = {name: scale(known) for name, known in cells.items()}
     colors = {1: "#0072B2", 8: "#D55E00", 32: "#009E73"}
     styles = {
         (s, k): (f"{name}, K = {k}", color, DASHES[s != "vtrace"])
         for (s, name), (k, color) in itertools.product(sources.items(), colors.items())
     }
+    tried = {*sigmas, default}
     panels = [
         Panel("", "weight of the KL term", {((x[1], k), x[2]): y for (x, k), y in found.items() if x in terms}),
-        Panel("", "sigma", {((x[1], k), float(x[3])): y for (x, k), y in found.items() if x in sigmas}),
+        Panel("", "sigma", {((x[1], k), float(x[3])): y for (x, k), y in found.items() if x in tried and k < 32}),
     ]
     against([panel for panel in panels if panel.lines], styles, FIGURES / "ablation.png")
 
     def compare(ours, theirs, names):
         return verdict(*(pooled(scale, cells, line, (8, 32)) for line in (ours, theirs)), "With K = 8 or 32", names)
 
-    default = ("gipo", "vtrace", KL, widths[KL])
     said = [
         compare(default, ("gipo", "recompute", KL, widths[KL]), ("GIPO with V-trace", "GIPO without")),
         compare(default, ("gipo", "vtrace", 0, widths[0]), ("GIPO with KL", "GIPO without")),
