@@ -508,7 +508,9 @@ def make_continuous_envs(args, num_envs, seed, **render):
     def make_env(seed):
         task = args.env_id.removeprefix("Meta-World/")
         if task == args.env_id:
-            return gym.make(args.env_id, disable_env_checker=True, **render)
+            # gymnasium's default view stands still, and a robot that runs leaves it
+            camera = {"camera_name": "track"} if "gymnasium.envs.mujoco" in str(gym.spec(task).entry_point) else {}
+            return gym.make(task, disable_env_checker=True, **render, **camera)
         # the goals depend on this seed, not on reset's
         return gym.make("metaworld:Meta-World/MT1", env_name=task, seed=seed, disable_env_checker=True, **render)
 
@@ -516,8 +518,8 @@ def make_continuous_envs(args, num_envs, seed, **render):
     for space in (envs.single_observation_space, envs.single_action_space):
         rule = f"--env-id {args.env_id}: observations and actions must be flat boxes, not {space}; try HalfCheetah-v5."
         require(isinstance(space, gym.spaces.Box) and len(space.shape) == 1, rule)
-    low, high = envs.single_action_space.low, envs.single_action_space.high
-    envs = gym.wrappers.vector.TransformAction(envs, lambda actions: np.clip(actions, low, high))
+    box = envs.single_action_space
+    envs = gym.wrappers.vector.TransformAction(envs, lambda actions: np.clip(actions, box.low, box.high))
     return gym.wrappers.vector.TransformObservation(envs, lambda obs: obs.astype(np.float32))
 
 

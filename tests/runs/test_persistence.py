@@ -9,10 +9,11 @@ import signal
 import time
 import zipfile
 
+import mujoco
 import numpy as np
 import pytest
 import torch
-from harness import ENTRIES, load, run, scalars, watch
+from harness import ENTRIES, flags, load, run, scalars, watch
 from short_runs import (
     BAR,
     PROBE,
@@ -432,6 +433,17 @@ def test_short_episodes_are_not_favored(monkeypatch, tmp_path):
 def test_exactly_so_many_episodes(episodes, monkeypatch, tmp_path, capsys):
     run(load("gipo_continuous"), monkeypatch, tmp_path, [*BAR, *iterations(1), "--eval-episodes", episodes])
     assert summary(capsys).startswith(f"{episodes} of {episodes} episodes ")
+
+
+@pytest.mark.parametrize(("name", "domain"), [("gipo_continuous", 0), ("ppo_baseline", 1)])
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5"])
+def test_the_camera_follows_a_robot(name, domain, env_id):
+    module = load(name)
+    envs = module.make_continuous_envs(flags(module, domain, env_id=env_id), 1, 0, render_mode="rgb_array")
+    renderer = envs.unwrapped.envs[0].unwrapped.mujoco_renderer
+    mode = renderer.model.cam_mode[renderer.camera_id]
+    assert renderer.camera_id >= 0 and mode == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM
+    envs.close()
 
 
 @pytest.mark.slow
