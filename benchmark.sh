@@ -11,6 +11,8 @@
 #   ./benchmark.sh tune         bandwidths with and without KL, on environments that are not reported; run this first
 #   ./benchmark.sh staleness    return against the size K of the replay buffer
 #   ./benchmark.sh ablation     GIPO's V-trace, KL term and sigma, one at a time
+#   ./benchmark.sh width-tune   widths for width
+#   ./benchmark.sh width        GIPO's weight with a width per dimension of an action
 #   ./benchmark.sh freeze       nothing enters the buffer after a third of the training
 #   ./benchmark.sh lag          the behaviour policy is up to 8 iterations old
 #   ./benchmark.sh ant          return against K on Ant, 300,000 steps
@@ -50,7 +52,7 @@ case $subcommand in
     [[ $subcommand == peers-time ]] && { module=peer_times; shift; }
     [[ $subcommand == costs ]] && exec ".venv-$name/bin/python" benchmark/rllib_costs.py
     ;;
-  tune | staleness | ablation | freeze | lag | ant | metaworld | minigrid | atari) module=experiments ;;
+  tune | staleness | ablation | width-tune | width | freeze | lag | ant | metaworld | minigrid | atari) module=experiments ;;
   *) echo "error: give a subcommand: $(sed -n 's|^#  *./benchmark.sh \([a-z-]*\).*|\1|p' "$0" | paste -sd ' ')" >&2; exit 2 ;;
 esac
 exec python -m "benchmark.$module" "$@"

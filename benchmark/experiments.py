@@ -7,6 +7,7 @@ Bandwidths are tuned on environments and seeds that are never reported. `quick` 
 """
 
 import itertools
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
@@ -16,7 +17,7 @@ from typing import Literal
 
 import tyro
 
-from benchmark.runs import Missing, Run, rows, run_all
+from benchmark.runs import Missing, Run, finished, run_all
 from benchmark.scripts import ROOT
 
 METHODS = ("gipo", "clip", "sapo", "tis", "decoupled", "none")
@@ -54,6 +55,9 @@ GRID: dict[str, list[dict[str, float]]] = {
     "decoupled": [{"clip_coef": eps, "tis_cap": cap} for eps, cap in ((0.1, 1.0), (0.2, 1.0), (0.2, 2.0))],
     "none": [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)],
 }
+WIDTHS = (0.3, 0.5, 1.0)  # of GIPO's weight, per dimension of an action
+DIMENSIONS = {"Swimmer-v5": 2, "Reacher-v5": 2, "InvertedDoublePendulum-v5": 1}  # of an action
+DIMENSIONS |= {"HalfCheetah-v5": 6, "Hopper-v5": 3, "Walker2d-v5": 6}
 RLLIB_RATES = (5e-4, 1e-3)
 TRL_LOSSES = ("gipo", "clip", "sapo", "vespo")
 Groups = dict[Hashable, list[Run]]
@@ -97,7 +101,7 @@ def group_scores(experiment: str, groups: Groups) -> dict[Hashable, float]:
 
     0 is the worst run of all groups and 1 the best. A run that diverged counts as 0.
     """
-    found = {known["command"]: known for known in rows(experiment)}
+    found = finished()
     runs = list(itertools.chain(*groups.values()))
     missing = sum(one.command not in found for one in runs)
     if missing:
@@ -120,6 +124,22 @@ def tuned(method: str, kl: float = KL) -> dict[str, float]:
     known = group_scores("tune", tuning())
     best = max(range(len(GRID[method])), key=lambda i: known[method, i, KL if kl else 0])
     return candidate(method, best, kl)
+
+
+def per_dimension(width: float, env_id: str, seed: int, k: int) -> Run:
+    """A run of GIPO with KL whose width grows with the root of the number of an action's dimensions.
+
+    The log-ratio of a whole action spreads that much further than the log-ratio of one dimension.
+    """
+    sigma = round(width * math.sqrt(DIMENSIONS[env_id]), 3)
+    flags = {"total_timesteps": STEPS, "buffer_epochs": k, "learning_rate": RATE, "kl_coef": KL, "sigma": sigma}
+    return run("gipo", env_id, seed, **flags)
+
+
+def width_tuning() -> Groups:
+    """The runs of each width per dimension."""
+    places = list(itertools.product(TUNING, TUNING_SEEDS, (1, 8)))
+    return {width: [per_dimension(width, *place) for place in places] for width in WIDTHS}
 
 
 def distributed(surrogate: str, env_id: str, seed: int, rate: float, reuse: int) -> Run:
@@ -166,6 +186,16 @@ def ablation() -> Iterator[Run]:
     for sigma in (0.2, 0.5, 1.0, 2.0):
         yield from grid(["gipo"], FIVE, LOCOMOTION, buffers(1, 8), sigma=sigma)
     yield from grid(["clip"], FIVE, LOCOMOTION, buffers(1, 8, 32), kl=0, advantage_source="recompute")
+
+
+def width_tune() -> Iterator[Run]:
+    yield from itertools.chain(*width_tuning().values())
+
+
+def width() -> Iterator[Run]:
+    known = group_scores("width-tune", width_tuning())
+    for seed, k, env_id in itertools.product(SEEDS, (1, 8, 32), LOCOMOTION):
+        yield per_dimension(max(WIDTHS, key=known.get), env_id, seed, k)
 
 
 def freeze() -> Iterator[Run]:
@@ -235,7 +265,8 @@ def quick() -> Iterator[Run]:
         yield run(method, env_id, seed, total_timesteps=steps, buffer_epochs=k)
 
 
-ALL = (tune, staleness, ablation, freeze, lag, ant, metaworld, peers, minigrid, atari, rllib_tune, rllib, llm, quick)
+ALL = (tune, staleness, ablation, width_tune, width, freeze, lag, ant, metaworld, peers, minigrid, atari)
+ALL += (rllib_tune, rllib, llm, quick)
 EXPERIMENTS = {experiment.__name__.replace("_", "-"): experiment for experiment in ALL}
 
 

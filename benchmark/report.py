@@ -25,6 +25,7 @@ from benchmark.experiments import (
     GRID,
     KL,
     METHODS,
+    PAIR,
     STEPS,
     TRL_LOSSES,
     candidate,
@@ -175,20 +176,27 @@ def staleness() -> Texts:
             said.append(verdict(*pair, f"{'With' if own else 'Without'} KL and {PLACES[sizes]}"))
         else:
             said.append(verdict(*pair, f"With {PLACES[sizes]}", (LINES["gipo", own], LINES["clip", other])))
-    stale = {line: scores.iqm_with_interval(own)[0] for line in LINES if (own := pooled(scale, cells, line, (8, 32)))}
-    order = sorted((line for line in stale if line[1]), key=stale.get, reverse=True)
-    if order:
-        rank = ", ".join(f"{LABELS[line[0]]} {stale[line]:.2f}" for line in order)
+    stale = ranking(scale, cells)
+    if stale:
+        rank = ", ".join(f"{LABELS[line[0]]} {value:.2f}" for line, value in stale.items())
         said.append(f"With KL and K = 8 or 32, best first: {rank}.")
     columns = {k: f"K = {k}" for k in (1, 8, 32)}
     texts = intervals(found)
     tables = {"staleness": cross(texts, LINES, columns), "staleness-verdict": sentences(said)}
     tables["staleness-details"] = details(cells, lambda key: f"{LINES[key[0]]}, K = {key[1]}")
-    return tables | headline(scale, cells, texts, [line for line in order if line[0] not in ("gipo", "clip")], columns)
+    return tables | headline(scale, cells, texts, columns)
 
 
-def headline(scale: Scale, cells: dict, texts: dict, others: list, columns: dict) -> Texts:
+def ranking(scale: Scale, cells: dict) -> dict[Hashable, float]:
+    """Interquartile means on old data of the methods with KL, the best first."""
+    old = {line: pooled(scale, cells, line, (8, 32)) for line in LINES if line[1]}
+    found = {line: scores.iqm_with_interval(sample)[0] for line, sample in old.items() if sample}
+    return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))
+
+
+def headline(scale: Scale, cells: dict, texts: dict, columns: dict) -> Texts:
     """GIPO, PPO-clip and the best other method on old data, all with KL. The verdict also has PPO-clip without KL."""
+    others = [line for line in ranking(scale, cells) if line[0] not in PAIR]
     shown = [("gipo", KL), ("clip", KL), *others[:1]]
     ours, plain = ("gipo", KL), ("clip", 0)
 
@@ -243,6 +251,27 @@ def ablation() -> Texts:
     own = {key: known for key, known in cells.items() if key[0] in lines}
     texts = {"ablation": cross(intervals(found), lines, columns), "ablation-verdict": sentences(said)}
     return texts | {"ablation-details": details(own, lambda key: f"{lines[key[0]]}, K = {key[1]}")}
+
+
+def width() -> Texts:
+    """A width per dimension next to one width for all environments, and to the best other method."""
+    scale, cells = Scale(), complete("staleness", by_flag("--buffer-epochs"))
+    cells |= complete("width", lambda run: ("width", int(run.value("--buffer-epochs"))))
+    lines = {("gipo", KL): "GIPO with KL, one width", "width": "GIPO with KL, a width per dimension"}
+    lines |= {line: with_kl(line) for line in [line for line in ranking(scale, cells) if line[0] not in PAIR][:1]}
+    lines |= {("clip", 0): with_kl(("clip", 0))}
+    found = {key: scale(known) for key, known in cells.items() if key[0] in lines}
+    styles = {"width": (lines["width"], NAMES["gipo"][1], "--")}
+    styles |= {line: (name, *NAMES[line[0]][1:]) for line, name in lines.items() if line != "width"}
+    against([Panel("", "rollouts K in the replay buffer", found)], styles, FIGURES / "width.png")
+    said = [
+        verdict(*(pooled(scale, cells, x, sizes) for x in ("width", line)), f"With {place}", (lines["width"], name))
+        for sizes, place in PLACES.items()
+        for line, name in lines.items()
+        if line != "width"
+    ]
+    columns = {k: f"K = {k}" for k in (1, 8, 32)}
+    return {"width": cross(intervals(found), lines, columns), "width-verdict": sentences(said)}
 
 
 def freeze() -> Texts:
@@ -449,7 +478,7 @@ def costs() -> Texts:
     return {"costs": table(head, [measured]), "costs-estimate": estimate}
 
 
-SECTIONS = (tune, staleness, ablation, freeze, lag, ant, metaworld, peers, minigrid, atari, rllib, llm, costs)
+SECTIONS = (tune, staleness, ablation, width, freeze, lag, ant, metaworld, peers, minigrid, atari, rllib, llm, costs)
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import sys
 from subprocess import CalledProcessError
 from types import SimpleNamespace
 
+import gymnasium
 import numpy as np
 import pytest
 from harness import ROOT, load, load_variant, scalars
@@ -179,6 +180,10 @@ def tuning_rows(finals):
     return known
 
 
+def by_command(known):
+    return {row["command"]: row for row in known}
+
+
 def test_tuning_takes_the_best_mean_of_scaled_returns(monkeypatch):
     def finals(run, env_id):
         flags = run.value("--sigma"), run.value("--kl-coef")
@@ -189,7 +194,7 @@ def test_tuning_takes_the_best_mean_of_scaled_returns(monkeypatch):
         return 1.0 if lucky else 0.1 if run.method == "gipo" else 0.05
 
     known = tuning_rows(finals)
-    monkeypatch.setattr(experiments, "rows", lambda experiment: known)
+    monkeypatch.setattr(experiments, "finished", lambda: by_command(known))
     assert experiments.tuned("gipo") == {"learning_rate": 1e-3, "sigma": 1.0, "kl_coef": 0.1}
     assert experiments.tuned("gipo", 0.3) == {"learning_rate": 1e-3, "sigma": 1.0, "kl_coef": 0.3}
     assert experiments.tuned("gipo", 0) == {"learning_rate": 1e-3, "sigma": 0.3, "kl_coef": 0}
@@ -197,14 +202,14 @@ def test_tuning_takes_the_best_mean_of_scaled_returns(monkeypatch):
         if run.value("--sigma") == "1" and run.value("--kl-coef") == "0.1":
             row["final_return"] = ""  # diverged
     assert experiments.tuned("gipo")["sigma"] == 0.5
-    monkeypatch.setattr(experiments, "rows", lambda experiment: known[1:])
+    monkeypatch.setattr(experiments, "finished", lambda: by_command(known[1:]))
     with pytest.raises(runs.Missing, match="tune first"):
         experiments.tuned("gipo")
 
 
 def test_plain_importance_sampling_tunes_its_learning_rate(monkeypatch):
     known = tuning_rows(lambda run, env_id: float(run.value("--learning-rate") == "0.002"))
-    monkeypatch.setattr(experiments, "rows", lambda experiment: known)
+    monkeypatch.setattr(experiments, "finished", lambda: by_command(known))
     assert experiments.tuned("none") == {"learning_rate": 2e-3, "kl_coef": 0.1}
 
 
@@ -216,21 +221,31 @@ def untuned(monkeypatch):
 
 
 def test_tuning_shares_nothing_with_what_is_reported(untuned):
-    names = experiments.EXPERIMENTS.keys() - {"tune", "rllib-tune", "llm"}
+    names = experiments.EXPERIMENTS.keys() - {"tune", "width-tune", "rllib-tune", "llm"}
     reported = {name: list(experiments.EXPERIMENTS[name]()) for name in names}
 
     def values(batch, flag):
         return {run.value(flag) for run in batch}
 
     tuning, everything = list(experiments.tune()), list(itertools.chain(*reported.values()))
-    for flag in ("--env-id", "--seed"):
-        assert not values(tuning, flag) & values(everything, flag)
+    for flag, batch in itertools.product(("--env-id", "--seed"), (tuning, list(experiments.width_tune()))):
+        assert not values(batch, flag) & values(everything, flag)
     for seeds in (values(experiments.rllib_tune(), "--seed"), {"1001", "1002"}):
         assert not seeds & (values(everything, "--seed") | values(experiments.llm(), "--seed"))
     budgets = {method: sum(run.method == method for run in tuning) for method in experiments.METHODS}
     assert len(set(budgets.values())) == 1
     assert len(tuning) == len(set(tuning))
     assert values(everything, "--env-id") == set(experiments.REPORTED)  # whose random actions are known
+
+
+def test_a_width_per_dimension_grows_with_the_root_of_their_number(monkeypatch):
+    monkeypatch.setattr(experiments, "group_scores", lambda experiment, groups: {0.3: 0, 0.5: 1, 1.0: 0.5})
+    widths = {run.value("--env-id"): float(run.value("--sigma")) for run in experiments.width()}
+    expected = {"HalfCheetah-v5": 0.5 * 6**0.5, "Hopper-v5": 0.5 * 3**0.5, "Walker2d-v5": 0.5 * 6**0.5}
+    assert widths == pytest.approx(expected, abs=1e-3)
+    for env_id, dimensions in experiments.DIMENSIONS.items():
+        with gymnasium.make(env_id) as env:
+            assert env.action_space.shape == (dimensions,)
 
 
 def test_one_run_has_one_command_in_all_experiments(untuned):
@@ -241,7 +256,7 @@ def test_one_run_has_one_command_in_all_experiments(untuned):
 
 
 def test_quick_takes_the_defaults_and_needs_no_tuning(monkeypatch):
-    monkeypatch.setattr(experiments, "rows", lambda experiment: [])
+    monkeypatch.setattr(experiments, "finished", dict)
     flags = {word for run in experiments.quick() for word in run.arguments if word.startswith("--")}
     assert flags == {"--env-id", "--seed", "--buffer-epochs", "--total-timesteps", "--eval-episodes"}
 

@@ -10,6 +10,7 @@ import pytest
 from benchmark import evidence, experiments, peer_times, quick, report, runs
 
 ENVS = {"HalfCheetah-v5": (-300.0, 1000.0), "Hopper-v5": (20.0, 500.0)}
+TUNINGS = {"width-tune", "rllib-tune"}  # without a section
 SCORES = {("clip", 1): 1.0, ("clip", 8): 0.3, ("clip", 32): 0.1}
 PAGE = "".join(
     f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n"
@@ -162,7 +163,7 @@ def everything(folder, monkeypatch):
     times = [{"method": method, "ratio": 2} for method in peer_times.STEPS]
     write(folder / "peer-times.csv", times)
     sections = [section.__name__ for section in report.SECTIONS]
-    assert {name.replace("_", "-") for name in sections} == experiments.EXPERIMENTS.keys() - {"rllib-tune", "quick"} | {
+    assert {name.replace("_", "-") for name in sections} == experiments.EXPERIMENTS.keys() - TUNINGS - {"quick"} | {
         "costs"
     }
     names = [*sections, *(f"{name}-verdict" for name in sections if name not in ("tune", "costs")), "costs-estimate"]
@@ -190,7 +191,7 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
             lines = text.splitlines()
             assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1 and "nan" not in text, name
     pictures = {path.stem for path in (everything / "figures").iterdir()}
-    assert pictures == experiments.EXPERIMENTS.keys() - {"tune", "rllib-tune", "quick"}
+    assert pictures == experiments.EXPERIMENTS.keys() - TUNINGS - {"tune", "quick"}
     assert len(found["ablation"].splitlines()) == 2 + 8 + 4 + 1
     assert len(cells(found["ablation"], "GIPO, V-trace, KL 0.03")) == 3
     assert len(cells(found["ablation"], "GIPO, V-trace, KL 0.1, sigma 2")) == 2  # the last is empty
