@@ -509,7 +509,7 @@ def make_continuous_envs(args, num_envs, seed, **render):
         task = args.env_id.removeprefix("Meta-World/")
         if task == args.env_id:
             # gymnasium's default view stands still, and a robot that runs leaves it
-            camera = {"camera_name": "track"} if "gymnasium.envs.mujoco" in str(gym.spec(task).entry_point) else {}
+            camera = {"camera_name": "track"} if "gymnasium.envs.mujoco" in str(gym.registry.get(task)) else {}
             return gym.make(task, disable_env_checker=True, **render, **camera)
         # the goals depend on this seed, not on reset's
         return gym.make("metaworld:Meta-World/MT1", env_name=task, seed=seed, disable_env_checker=True, **render)

