@@ -1,7 +1,14 @@
 """Fixtures that the tests of whole runs share."""
 
+import threading
+
 import pytest
 from harness import run
+from tqdm import tqdm
+
+# tqdm's own lock is shared with forked children, and one that is killed while it draws would never release it
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # no thread that could hold the lock during a fork
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from short_runs import (
     kill,
     send,
 )
+from tqdm import tqdm
 
 
 def domain_of(name):
@@ -161,6 +162,16 @@ def test_five_kills(monkeypatch, tmp_path):
     steps = [step for step, _ in scalars(tmp_path)["charts/SPS"]]
     assert steps == [ROLLOUT * (i + 1) for i in range(len(steps))]
     assert last <= len(steps)
+
+
+def test_a_child_that_is_killed_while_it_draws_does_not_block_the_next_run():
+    child = os.fork()
+    if not child:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert tqdm.get_lock().acquire(blocking=False)
+    tqdm.get_lock().release()
 
 
 @pytest.mark.parametrize(
