@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Measurements of the scripts and the evidence. --help after a subcommand lists its flags (costs has none).
+# Measures the scripts and makes the evidence. --help after a subcommand lists its flags (costs has none).
 #
 #   ./benchmark.sh quick        GIPO and PPO-clip on fresh and stale data, in about ten minutes on two cores
 #   ./benchmark.sh speed        steps per second next to the bare environments, and where the time goes
 #
 # The evidence, in benchmark/results/*.csv. Runs that have a row there are skipped, so move a file away to repeat them.
-# random and costs have no such rows and always measure anew.
+# random, peers-time and costs always measure anew.
 #
 #   ./benchmark.sh random       random actions, the zero of the scores
 #   ./benchmark.sh tune         bandwidths with and without KL, on environments that are not reported; run this first
 #   ./benchmark.sh staleness    return against the size K of the replay buffer
 #   ./benchmark.sh ablation     GIPO's V-trace, KL term and sigma, one at a time
-#   ./benchmark.sh width-tune   widths for width
+#   ./benchmark.sh width-tune   candidate widths; run this before width
 #   ./benchmark.sh width        GIPO's weight with a width per dimension of an action
 #   ./benchmark.sh freeze       nothing enters the buffer after a third of the training
 #   ./benchmark.sh lag          the behaviour policy is up to 8 iterations old
@@ -20,10 +20,10 @@
 #   ./benchmark.sh minigrid     pixels and words, large buffers and a policy lag
 #   ./benchmark.sh atari        Pong and Breakout from pixels
 #   ./benchmark.sh peers        Stable-Baselines3's PPO and SAC, in an environment of their own: .venv-peers
-#   ./benchmark.sh peers-time   how long an environment step takes with these and with GIPO, on an idle machine
+#   ./benchmark.sh peers-time   time per step of these, GIPO and PPO-clip; needs an idle machine
 #   ./benchmark.sh rllib-tune   learning rates for rllib
-#   ./benchmark.sh rllib        APPO with GIPO's loss and with its own loss, in an environment of its own: .venv-rllib
-#   ./benchmark.sh llm          a tiny language model, in an environment of its own: .venv-trl
+#   ./benchmark.sh rllib        APPO with GIPO's loss and with its own loss, in its own virtual environment: .venv-rllib
+#   ./benchmark.sh llm          a tiny language model, in its own virtual environment: .venv-trl
 #   ./benchmark.sh costs        what a message and a gradient step cost in gipo_rllib.py, to estimate many actors
 #   ./benchmark.sh report       figures, tables and verdicts from these files
 set -euo pipefail

@@ -1,11 +1,11 @@
-"""GIPO on Ray RLlib's asynchronous engine: APPO's actors and circular buffer, with GIPO's loss in place of its clip.
+"""GIPO on Ray RLlib's asynchronous engine: APPO's actors and circular buffer, with GIPO's loss in place of APPO's clip.
 
     loss = -mean(w * r * A) + kl_coef * KL(mu || pi),  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2))
 
 mu is the behaviour policy, which acted some updates ago in another process or on another machine. A is the advantage
 under V-trace's value targets. No gradient flows through w.
 
-    pip install -r requirements-rllib.txt                         # an environment of its own
+    pip install -r requirements-rllib.txt                         # in its own virtual environment
     python gipo_rllib.py                                          # CartPole, two actors on this machine
     python gipo_rllib.py --env-id Pendulum-v1 --buffer-batches 32
     python gipo_rllib.py --env-id ALE/Pong-v5 --num-env-runners 32 --num-learners 1 --num-gpus 1 --address auto
@@ -64,7 +64,7 @@ class Args:
     total_timesteps: int = 300_000
     """environment steps in total, over all actors (100000 to 1000000000)"""
     address: str | None = None
-    """address of the Ray cluster to join, as in ray.init; None starts a local cluster"""
+    """address of the Ray cluster to join, as in ray.init; None joins one on this machine, or starts one"""
     resume: Path | None = None
     """continue the run in this folder with its flags.
     Only --address, --total-timesteps, --checkpoint-interval and --iteration-seconds may be new"""
@@ -72,10 +72,10 @@ class Args:
     """iterations between checkpoints; each checkpoint replaces the last one (1 to 100). One more is saved at the end.
     The run stops without saving when an observation, reward, loss or weight is not finite"""
     iteration_seconds: float = 5.0
-    """shortest time between two lines of the log, in seconds (1 to 60)"""
+    """shortest time of an iteration, which writes one line of the log, in seconds (1 to 60)"""
 
     seed: int = 1
-    """seed of the actors' environments and of the learners; equal seeds still differ in the order of batches"""
+    """seed of the actors' environments and of the learners; the order of batches still varies"""
     exp_name: str = Path(__file__).stem
     """name of the experiment; the name of the run's folder contains it"""
     num_env_runners: int = 2
@@ -83,7 +83,7 @@ class Args:
     num_envs: int = 4
     """environments per actor (1 to 64)"""
     num_steps: int = 50
-    """steps per environment in each message of an actor (20 to 200)"""
+    """steps per environment in each rollout of an actor (20 to 200)"""
     num_learners: int = 0
     """number of learner processes; 0 learns in the main process (0 to 8)"""
     num_gpus: int = 0
@@ -92,7 +92,7 @@ class Args:
     batch_size: int = 600
     """transitions per gradient step of a learner, rounded up to whole rollouts of an actor (200 to 4000)"""
     buffer_batches: int = 8
-    """batches in the circular buffer; offpolicy/age_mean logs how stale their samples are (1 to 64)"""
+    """batches in the circular buffer; offpolicy/age_mean logs their age in gradient steps (1 to 64)"""
     buffer_reuse: int = 2
     """largest number of gradient steps on a batch before it is dropped (1 to 32)"""
     learning_rate: float = 5e-4
@@ -113,7 +113,7 @@ class Args:
     surrogate: Literal["gipo", "clip"] = "gipo"
     """policy loss; clip is APPO's own"""
     sigma: float = 0.5
-    """gipo: width of the Gaussian weight, in units of the joint log-ratio (0.2 to 2)"""
+    """gipo: width of the Gaussian weight on the log-ratio of an action (0.2 to 2)"""
     sigma_neg: float | None = None
     """gipo: width for samples whose advantage is not positive; None uses --sigma (0.1 to 2)"""
     clip_coef: float = 0.4
@@ -131,7 +131,7 @@ class Args:
                 require(value is None or low <= value <= high, rule)
 
 
-# smallest and largest value of each flag
+# smallest and largest value of the numeric flags
 RANGES = (
     (0, 2e9, "seed"),
     (0, 1, "gamma"),
@@ -139,12 +139,13 @@ RANGES = (
     (1, 1e9, "num_env_runners num_envs buffer_batches buffer_reuse checkpoint_interval"),
     (1, 1e15, "total_timesteps"),
     (2, 1e9, "num_steps batch_size"),
-    (1e-6, 1e38, "learning_rate max_grad_norm reward_scale sigma sigma_neg clip_coef"),
+    (1e-6, 1e38, "learning_rate max_grad_norm reward_scale clip_coef"),
+    (1e-6, 10, "sigma sigma_neg"),
 )
 
 
-class BadInput(ValueError):
-    """Ends the script with this exit code and one sentence, which names the mistake and the fix."""
+class Failure(ValueError):
+    """Ends the script with this exit code and one sentence."""
 
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
@@ -152,21 +153,21 @@ class BadInput(ValueError):
 
 
 def require(condition: bool, message: str, code: int = 2):
-    """Raise `BadInput(message)` unless the condition holds. NaN fails every range, because it compares false."""
+    """Raise `Failure(message)` unless the condition holds. NaN fails every range, because it compares false."""
     if not condition:
-        raise BadInput(message, code)
+        raise Failure(message, code)
 
 
 @contextlib.contextmanager
 def one_sentence(what: str, code: int = 2):
-    """Turn any error in this block into a `BadInput`, because each library has its own exceptions."""
+    """Turn any error in this block into a `Failure`, because each library has its own exceptions."""
     try:
         yield
-    except BadInput:
+    except Failure:
         raise
     except Exception as error:
         error = error.__cause__ or error
-        raise BadInput(f"{what}: {error} ({type(error).__name__}).", code) from None
+        raise Failure(f"{what}: {error} ({type(error).__name__}).", code) from None
 
 
 # ------------------------------------------------------- Loss --------------------------------------------------------
@@ -182,7 +183,7 @@ def policy_loss(logratio, advantages, args):
 
 
 def diagnostics(logratio, coef):
-    """Scalars: how far pi is from the behaviour policies, and how many of the samples (B,) still teach."""
+    """Scalars: how far pi is from the behaviour policies, and how many samples (B,) still have a gradient."""
     ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88), and an outlier would swamp the mean
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could overflow
     return {
@@ -211,13 +212,13 @@ def clip_loss(logratio, old_logratio, pg_advantages, args: Args):
 
 
 class Learner(APPOTorchLearner):
-    """APPO's learner with the policy loss that --surrogate names, and the scripts' diagnostics."""
+    """APPO's learner with the policy loss that --surrogate names, and the diagnostics of gipo_continuous.py."""
 
     broken = False  # true once a loss was not finite
 
     def update(self, *args, **kwargs):
-        # RLlib queues means every few gradient steps, but reads them every few batches. With reuse it would lag ever
-        # further behind and log old means.
+        # RLlib queues a mean every few gradient steps, but reads one every few batches. With reuse the log would fall
+        # further and further behind.
         while self._learner_thread_out_queue.qsize() > 1:
             self._learner_thread_out_queue.get()
         return super().update(*args, **kwargs)
@@ -237,12 +238,12 @@ class Learner(APPOTorchLearner):
             return make_time_major(tensor, trajectory_len=config.get_rollout_fragment_length())
 
         values = rows(module.compute_values(batch, embeddings=fwd_out.get(Columns.EMBEDDINGS)))
-        rewards, in_time = args.reward_scale * batch[Columns.REWARDS], rows(mask.float())
+        rewards, valid = args.reward_scale * batch[Columns.REWARDS], rows(mask)
         rewards = rows(rewards.clamp(-1, 1) if args.env_id.startswith("ALE/") else rewards)
-        # a masked row ends a rollout with its value; RLlib's own reward of 0 there would make every end a termination
-        rewards = torch.where(in_time > 0, rewards, values.detach())
-        discounts = config.gamma * (1 - rows(batch[Columns.TERMINATEDS].float())) * in_time
-        bootstrap = values[0].roll(-1)  # the last one is not used, because it follows a masked row
+        # a masked row's reward is its value, because RLlib's 0 would make every end of a rollout a termination
+        rewards = torch.where(valid, rewards, values.detach())
+        discounts = config.gamma * (1 - rows(batch[Columns.TERMINATEDS].float())) * valid
+        bootstrap = values[0].roll(-1)  # a column goes on in the next one; the last column ends with a masked row
         targets, pg_advantages = vtrace_torch(
             target_action_log_probs=rows(old_logprobs),
             behaviour_action_log_probs=rows(logprobs),
@@ -253,7 +254,6 @@ class Learner(APPOTorchLearner):
             clip_rho_threshold=config.vtrace_clip_rho_threshold,
             clip_pg_rho_threshold=config.vtrace_clip_pg_rho_threshold,
         )
-        valid = in_time > 0
 
         if args.surrogate == "gipo":
             # without V-trace's own ratio, because GIPO's loss contains one
@@ -292,7 +292,7 @@ class Learner(APPOTorchLearner):
 
 # ------------------------------------------------------- Engine -------------------------------------------------------
 class Finite(gym.Wrapper):
-    """Replaces what is not finite by 0, and notes its name in `broken`.
+    """Replaces an observation or reward that is not finite by 0, and notes which in `broken`.
 
     NaN would stay in the means that normalize the observations of all actors, and no action can be drawn from NaN.
     """
@@ -324,7 +324,7 @@ def report_broken(env_runner, metrics_logger, **_):
 
 
 def make_config(args: Args) -> APPOConfig:
-    """RLlib's settings for these flags. Raises `BadInput` if the environment does not fit."""
+    """RLlib's settings for these flags. Raises `Failure` if the environment does not fit."""
     with_pixels = args.env_id.startswith("ALE/")
 
     def make_env(_):
@@ -357,8 +357,8 @@ def make_config(args: Args) -> APPOConfig:
         filters = [[32, 8, 4], [64, 4, 2], [64, 3, 1]]  # Mnih et al. 2015
         model = DefaultModelConfig(conv_filters=filters, head_fcnet_hiddens=[512], vf_share_layers=True)
     prepare = partial(FrameStackingEnvToModule, num_frames=4) if with_pixels else MeanStdFilter
-    # Actions keep the environment's own units, as in the scripts. If they were scaled to (-1, 1), the mean would drift
-    # past the bounds, where all actions are equal and nothing can be learned.
+    # Actions keep the environment's own units, as in gipo_continuous.py. If they were scaled to (-1, 1), the mean would
+    # drift past the bounds, where all actions are equal and nothing can be learned.
     config = APPOConfig().environment(args.env_id, normalize_actions=False, clip_actions=True)
     config.env_runners(
         num_env_runners=args.num_env_runners,
@@ -393,7 +393,7 @@ def make_config(args: Args) -> APPOConfig:
 
 
 def read_args() -> Args:
-    """The flags, on top of those of the run that --resume names. A mistake raises `BadInput`."""
+    """The flags, on top of those of the run that --resume names. A mistake raises `Failure`."""
     args = tyro.cli(Args, description=__doc__)
     folder = args.resume
     if not folder:
@@ -436,7 +436,7 @@ def save(algorithm, folder: Path, step: int):
 
 
 def scalars_of(result: dict) -> dict[str, float]:
-    """What RLlib reports about an iteration, under the scripts' tags."""
+    """What RLlib reports about an iteration, under the tags of gipo_continuous.py."""
     actors, tolerance = result["env_runners"], result["fault_tolerance"]
     scalars = {
         "charts/episodic_return": actors.get("episode_return_mean"),
@@ -466,7 +466,7 @@ def main(args: Args, config: APPOConfig):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C aborts at once
         stops.append(signum)
 
-    # as under nohup; Ray's processes inherit this, because a closing terminal sends the signal to all of them
+    # ignored, so that Ray's processes inherit this; a closing terminal sends the signal to all of them
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with one_sentence(f"--address {args.address}"):
         ray.init(address=args.address, include_dashboard=None if args.address else False, log_to_driver=False)
@@ -511,9 +511,7 @@ def main(args: Args, config: APPOConfig):
         shown = (f"{tag.split('/')[1]} {scalars[tag]:.3g}" for tag in SHOWN if tag in scalars)
         print(f"step {step}: {', '.join(shown)}", flush=True)
         broken = not_finite(result, algorithm.learner_group.get_weights()["default_policy"])
-        rule = (
-            f"{' and '.join(broken)} not finite by step {step}; the run stops, and {folder} keeps its last checkpoint."
-        )
+        rule = f"{' and '.join(broken)} not finite by step {step}; {folder} keeps its last checkpoint."
         require(not broken, rule, 1)
         last = stops or step >= args.total_timesteps
         if last or iteration % args.checkpoint_interval == 0:
@@ -533,6 +531,6 @@ if __name__ == "__main__":
     try:
         args = read_args()
         main(args, make_config(args))
-    except BadInput as error:
+    except Failure as error:
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(error.code)

@@ -6,14 +6,14 @@ mu is the policy that wrote the completion. Each token has its own ratio; A is t
 the group of its prompt. The KL term pulls pi back towards mu; it is estimated by mean(r - 1 - log r). No gradient flows
 through w. (Lu et al. 2026, arXiv:2603.03955)
 
-    pip install -r requirements-trl.txt             # an environment of its own
+    pip install -r requirements-trl.txt             # in its own virtual environment
     python gipo_trl.py                              # a tiny model learns to sort digits; downloads nothing
     python gipo_trl.py --buffer-epochs 8            # learn from the completions of the last 8 generations
     python gipo_trl.py --model PATH_OR_ID --data FILE.jsonl --reward module:function --max-new-tokens 256
     python gipo_trl.py --resume runs/RUN            # go on; or --evaluate runs/RUN
     tensorboard --logdir runs
 
-In your own script, put GIPOConfig and GIPOTrainer in the places of GRPOConfig and GRPOTrainer. Import them from here,
+In your own script, use GIPOConfig and GIPOTrainer instead of GRPOConfig and GRPOTrainer. Import them from here,
 or copy the sections Loss and Trainer with their imports.
 """
 
@@ -68,7 +68,7 @@ def trl_coefficient(logratio, advantages, args):
 
 
 def diagnostics(logratio, coef):
-    """Distance of the policy from those that wrote the tokens (n,), and how many have a gradient left; scalars."""
+    """Scalars: how far pi is from the policies that wrote the tokens (n,), and how many still have a gradient."""
     ratio = logratio.clamp(max=20).exp()
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # at most 1, so that its square cannot overflow
     return {
@@ -119,7 +119,7 @@ class GIPOTrainer(GRPOTrainer):
         self.generation = -1
         self.rollouts = deque(maxlen=args.buffer_epochs)  # each a list of minibatches
         self.policies = deque(maxlen=args.policy_lag + 1 if args.policy_lag else 0)  # weights, the oldest first
-        self.drawn = None  # the minibatches to learn from, until TRL replaces its list by a new generation
+        self.drawn = None  # the minibatches drawn last; if TRL has another list, it is a new generation
         self.buffer_file = f"buffer-{args.process_index}.pt"
 
     def get_gamma_weights(self, advantages, log_ratio_per_token, **kwargs):
@@ -128,7 +128,7 @@ class GIPOTrainer(GRPOTrainer):
             self.coef = super().get_gamma_weights(advantages, log_ratio_per_token, **kwargs)
             return self.coef
         logratio = log_ratio_per_token.detach()
-        if kwargs["importance_sampling_ratio"] is not None:  # mu is vLLM's policy, and this the trainer's ratio to it
+        if kwargs["importance_sampling_ratio"] is not None:  # mu is vLLM's policy; this is old policy / mu
             logratio = logratio + kwargs["importance_sampling_ratio"].log()
         self.coef = gipo_coefficient(logratio, advantages, self.args)
         return self.coef
@@ -139,13 +139,14 @@ class GIPOTrainer(GRPOTrainer):
         mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
         if not self.model.training or not mask.any():
             return loss
+        # with vLLM too, mu is here the trainer's policy at generation
         logratio = self.logprobs - inputs.get("old_per_token_logps", self.logprobs.detach())
         if self.loss_type != "vespo":
             self.coef = trl_coefficient(logratio.detach(), inputs["advantages"].unsqueeze(1), self.args)
         for tag, value in diagnostics(logratio[mask].detach(), self.coef.expand_as(mask)[mask]).items():
             self._metrics["train"][tag].append(value.item())
-        # KL(mu || pi), estimated on tokens of mu: r - 1 is 0 on average, and cancels the noise of fresh tokens
-        ratio = torch.exp(logratio - (logratio - 2).clamp(min=0).detach())  # at most exp(2), or outliers would rule
+        # KL(mu || pi), estimated on tokens of mu: r - 1 has mean 0, and lowers the variance on fresh tokens
+        ratio = torch.exp(logratio - (logratio - 2).clamp(min=0).detach())  # at most exp(2), because outliers dominate
         kl = (ratio - 1 - logratio)[mask].mean()
         return loss + self.args.kl_coef * kl / self.current_gradient_accumulation_steps
 
@@ -155,7 +156,7 @@ class GIPOTrainer(GRPOTrainer):
         return found
 
     def _prepare_inputs(self, generation_batch):
-        """A minibatch; each new generation is put into the buffer, and its number of minibatches drawn from all."""
+        """The next minibatch. A new generation enters the buffer; as many minibatches are then drawn from all of it."""
         inputs = super()._prepare_inputs(generation_batch)
         if self.model.training and self._buffered_inputs is not self.drawn:  # TRL has generated
             self.generation += 1
@@ -189,7 +190,7 @@ class GIPOTrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            # TRL restores the old rate, but flags that are given anew hold
+            # TRL restores the saved rate, but a flag given now applies
             self.lr_scheduler.base_lrs = [self.args.learning_rate for _ in self.lr_scheduler.base_lrs]
             state = torch.load(Path(checkpoint, self.buffer_file), self.accelerator.device.type, weights_only=True)
             self.generation = state["generation"]
@@ -218,7 +219,7 @@ class Args:
     checkpoint_interval: int = 50
     """iterations between checkpoints (10 to 500); the last two are kept"""
     resume: Path | None = None
-    """go on with the run in this folder and its flags; flags given now replace them"""
+    """continue the run in this folder. Its flags apply, except those given now"""
     evaluate: Path | None = None
     """do not train, but sample completions of the held-out prompts with the model of the run in this folder"""
     eval_interval: int = 10
@@ -245,7 +246,7 @@ class Args:
     """generate with the policy from L iterations ago (0 to 32)"""
 
     surrogate: Literal["gipo", "clip", "sapo", "cispo", "vespo"] = "gipo"
-    """policy loss; all but gipo are TRL's own at TRL's defaults, and clip is its dapo"""
+    """policy loss; all but gipo are TRL's own at its defaults, except cispo (epsilon_high 5); clip is TRL's dapo"""
     sigma: float = 0.5
     """gipo: width of the weight, in units of a token's log-ratio; smaller trusts old data less (0.2 to 2)"""
     sigma_neg: float | None = None
@@ -298,8 +299,8 @@ def warm_up(model, tokenizer, rng, steps=350):
     for _ in range(steps):
         texts = [row["prompt"] + row["answer"] + tokenizer.eos_token for row in sorting(64, rng)]
         batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
-        given = batch["input_ids"] == tokenizer.convert_tokens_to_ids("=")
-        answer = (given.cumsum(1) > 0) & ~given
+        equals = batch["input_ids"] == tokenizer.convert_tokens_to_ids("=")
+        answer = (equals.cumsum(1) > 0) & ~equals
         loss = model(**batch, labels=batch["input_ids"].where(answer, -100)).loss
         optimizer.zero_grad()
         loss.backward()
@@ -316,7 +317,7 @@ def require(condition, message, code=2):
 
 @contextlib.contextmanager
 def exit_on_error(what):
-    """Exit with one sentence, and without a traceback, if something fails; each library fails in its own way."""
+    """Exit with one sentence instead of a traceback on any error, because each library has its own exceptions."""
     try:
         yield
     except Exception as error:
@@ -324,7 +325,7 @@ def exit_on_error(what):
 
 
 def read_args():
-    """The flags and, with --resume or --evaluate, the newest checkpoint; its flags hold unless they are given anew."""
+    """The flags and, with --resume or --evaluate, the newest checkpoint. Its flags apply, except those given now."""
     args, checkpoint = tyro.cli(Args, description=__doc__), None
     folder = args.evaluate or args.resume
     if folder:
@@ -342,7 +343,7 @@ def read_args():
             require(value is None or low <= value <= high, rule)
     completions = args.prompts * args.group
     least = 2 if args.buffer_epochs > 1 or args.policy_lag else 1  # TRL keeps no log-probabilities for a single one
-    rule = f"--minibatches {args.minibatches}: give a divisor of --prompts x --group, {completions}, from {least} on."
+    rule = f"--minibatches {args.minibatches}: give a divisor of --prompts x --group, {completions}, and >= {least}."
     require(args.minibatches >= least and completions % args.minibatches == 0, rule)
     return args, checkpoint
 
@@ -354,8 +355,8 @@ def read_rows(args):
             rows = sorting(args.eval_prompts + args.iterations * args.prompts, random.Random(f"prompts {args.seed}"))
         else:
             rows = [json.loads(line) for line in args.data.read_text().split("\n") if line.strip()]
-        are_texts = [isinstance(row[name], str) for row in rows for name in ("prompt", "answer")]
-        require(all(are_texts), f"--data {args.data}: prompt and answer must be texts.")
+        are_strings = [isinstance(row[name], str) for row in rows for name in ("prompt", "answer")]
+        require(all(are_strings), f"--data {args.data}: prompt and answer must be strings.")
         least = args.eval_prompts + args.prompts
         require(len(rows) >= least, f"--data {args.data}: {len(rows)} rows; give {least}, or fewer --eval-prompts.")
         return Dataset.from_list(rows[: args.eval_prompts]), Dataset.from_list(rows[args.eval_prompts :])
@@ -393,7 +394,7 @@ def make_config(args, folder):
         steps_per_generation=args.minibatches,
         num_generations=args.group,
         max_completion_length=args.max_new_tokens,
-        disable_dropout=True,  # or fresh completions would look old
+        disable_dropout=True,  # because it makes fresh completions look old
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         loss_type="dapo" if args.surrogate == "clip" else args.surrogate,
         epsilon_high=5.0 if args.surrogate == "cispo" else None,  # CISPO alone has no sensible default in TRL
@@ -420,7 +421,7 @@ TAGS = {
 
 
 class Log(transformers.TrainerCallback):
-    """Writes TensorBoard's log by iteration, and stops at the end of one if a signal has come."""
+    """Writes TensorBoard's log by iteration. After a signal, it stops the run at the end of the iteration."""
 
     def __init__(self, args, folder, first_iteration):
         self.args, self.folder = args, folder
@@ -445,7 +446,7 @@ class Log(transformers.TrainerCallback):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # deprecations among the libraries
+    warnings.simplefilter("ignore")  # most are deprecations among the libraries
     transformers.utils.logging.disable_progress_bar()
     args, checkpoint = read_args()
     held_out, rows = read_rows(args)

@@ -89,7 +89,7 @@ def gradient_step(agent, optimizer, minibatch, args):
     """One step of Adam on the loss of a minibatch; returns the values for the log."""
     loss, scalars, logratio, coef = minibatch_loss(agent, *minibatch, args)
     parameters = optimizer.param_groups[0]["params"]
-    # autograd.grad compiles into one graph with the rest, and backward() does not
+    # autograd.grad, because backward() does not compile into one graph with the rest
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
         parameter.grad = gradient
     scalars["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -98,7 +98,7 @@ def gradient_step(agent, optimizer, minibatch, args):
 
 
 def diagnostics(logratio, coef):
-    """Scalars: how far pi is from the behaviour policies, and how many of the samples (B,) still teach."""
+    """Scalars: how far pi is from the behaviour policies, and how many samples (B,) still have a gradient."""
     ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88), and an outlier would swamp the mean
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could overflow
     return {
@@ -137,7 +137,7 @@ class Args:
     """continue the run in this folder. Its flags apply, except those given now. The environments start new episodes.
     With a larger --total-timesteps, an annealed learning rate jumps up to that of the longer run"""
     evaluate: Path | None = None
-    """load the agent of the run in this folder and play --eval-episodes with it, without training"""
+    """play --eval-episodes episodes with the agent of the run in this folder, without training"""
     eval_episodes: int = 10
     """full episodes to play with the trained agent, on seeds that training does not use; 0 plays none (10 to 100)"""
     capture_video: bool = False
@@ -220,7 +220,7 @@ class ReplayBuffer(nn.Module):
         for name, array in ({"obs": obs, "actions": actions} | numbers | marks).items():
             example = torch.as_tensor(array, device=device)
             self.register_buffer(name, example.new_zeros(args.buffer_epochs, args.num_steps + 1, *example.shape))
-        self.versions = nn.Buffer(torch.full((args.buffer_epochs,), -1))  # on the CPU; of the behaviour policy, or -1
+        self.versions = nn.Buffer(torch.full((args.buffer_epochs,), -1))  # iterations of mu, -1 if empty; on the CPU
 
     def rows(self, *names):
         """Views of these fields, flattened to one row for each of the K x (T + 1) x N entries."""
@@ -237,8 +237,8 @@ def compute_gae(rewards, values, ratios, terminated, dones, gamma, gae_lambda):
     """Advantages (Schulman et al. 2016) and value targets, (..., T, N), corrected by V-trace (Espeholt et al. 2018).
 
     rewards, terminated and dones are (..., T, N); values and ratios = min(1, pi / mu) are (..., T + 1, N).
-    Ratios of 1 give plain GAE. The target of a terminated step is its reward alone. A truncated step also ends the sum,
-    but it bootstraps from the next row, which holds the final observation.
+    Ratios of 1 give plain GAE. A terminated step does not bootstrap. A truncated step also ends the sum, but it
+    bootstraps from the next row, which holds the final observation.
     """
     delta = rewards + gamma * values[..., 1:, :] * ~terminated - values[..., :-1, :]
     decay = gamma * gae_lambda * ~dones * ratios[..., 1:, :]
@@ -291,7 +291,7 @@ def save_checkpoint(folder, iteration, args, parts):
     checkpoint = {name: part.state_dict() for name, part in parts.items()} | {"iteration": iteration}
     checkpoint["args"] = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     checkpoint["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-    with exit_on_error(f"{folder}: the checkpoint cannot be written; an earlier one is kept", code=1):
+    with exit_on_error(f"{folder}: the checkpoint cannot be written; any earlier one is kept", code=1):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "checkpoint.tmp").open("wb") as file:
             torch.save(checkpoint, file)
@@ -299,11 +299,10 @@ def save_checkpoint(folder, iteration, args, parts):
         (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
 
 
-def stream_seed(seed, part):
-    """Seed of the first environment. `part` is the first iteration of a session, or 10**9 for the evaluation."""
-    return (
-        int(np.random.SeedSequence([seed, part]).generate_state(1)[0]) // 4
-    )  # 30 bits, because seed + i must fit ALE's 31
+def stream_seed(seed, stream):
+    """Seed of the first environment. `stream` is the iteration that the run starts or resumes with; 10**9 evaluates."""
+    # 30 bits, because seed + i must fit ALE's 31
+    return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0]) // 4
 
 
 def start_envs(make_envs, args, num_envs, seed, **render):
@@ -557,9 +556,7 @@ class ContinuousAgent(nn.Module):
         space = envs.single_action_space
         obs_dim, action_dim = envs.single_observation_space.shape[0], space.shape[0]
         if any(10 < abs(bound) < math.inf for bound in (*space.low, *space.high)):
-            print(
-                f"warning: the first actions are drawn from N(0, 1), but the space is {space}; rescale it to [-1, 1]."
-            )
+            print(f"warning: actions start as samples of N(0, 1), but the space is {space}; rescale it to [-1, 1].")
         self.gamma = args.gamma
         self.obs_stats = RunningMeanStd((obs_dim,))
         self.return_stats = RunningMeanStd(())
@@ -689,7 +686,7 @@ def make_minigrid_envs(args, num_envs, seed, **render):
 
 
 class MinigridAgent(nn.Module):
-    """Embeds each 8 x 8 patch and scales it by the sum of the mission's word embeddings, so word order is lost.
+    """Embeds each 8 x 8 patch and scales it by 1 + the sum of the mission's word embeddings, so word order is lost.
 
     This is FiLM (Perez et al. 2018) without its shift; observations (B, 9448) uint8.
     """
@@ -730,12 +727,12 @@ DOMAINS = {
 
 
 def read_args():
-    """The flags, and the checkpoint of --resume or --evaluate, whose flags hold except those that are given anew."""
+    """The flags, and the checkpoint of --resume or --evaluate. Its flags apply, except those given now."""
     Flags = Union[tuple(DOMAINS)]  # noqa: UP007 (one class here, three in the baseline)
     args, checkpoint = tyro.cli(Flags, description=__doc__), {"iteration": 0}
     folder = args.evaluate or args.resume
     if folder:
-        with exit_on_error(f"{folder} has no checkpoint of this script and edition"):
+        with exit_on_error(f"{folder} has no checkpoint that this script can read"):
             damaged = zipfile.ZipFile(folder / "checkpoint.pt").testzip()  # torch.load does not notice flipped bits
             checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             require(not damaged and checkpoint["iteration"] >= 0, f"{folder / 'checkpoint.pt'} is damaged.")
@@ -745,14 +742,13 @@ def read_args():
     for low, high, names in RANGES:
         for name in names.split():
             value = getattr(args, name)
-            require(
-                value is None or low <= value <= high, f"--{name.replace('_', '-')} {value}: give {low:g} to {high:g}."
-            )
+            rule = f"--{name.replace('_', '-')} {value}: give {low:g} to {high:g}."
+            require(value is None or low <= value <= high, rule)
     rollout = args.num_steps * args.num_envs
     least = rollout if args.evaluate else (checkpoint["iteration"] + 1) * rollout
     fits = args.minibatch_size or (rollout % args.num_minibatches == 0 and rollout > args.num_minibatches)
     require(least <= args.total_timesteps, f"--total-timesteps {args.total_timesteps}: give at least {least}.")
-    require(fits, f"--num-minibatches {args.num_minibatches}: give a proper divisor of one rollout, {rollout}.")
+    require(fits, f"--num-minibatches {args.num_minibatches}: give a proper divisor of {rollout}, a rollout's size.")
     require(args.eval_episodes or not (args.evaluate or args.capture_video), "--eval-episodes 0: give 1 or more.")
     return args, checkpoint
 
@@ -845,8 +841,8 @@ if __name__ == "__main__":
                 terminated = terminations | infos.get("life_lost", False)
                 row = {"obs": obs, "actions": action, "logprobs": logprob, "values": value, "rewards": reward}
                 row |= {"terminated": terminated, "dones": terminated | truncations, "valid": valid}
-                for name, value in row.items():
-                    rollout[name][step] = torch.as_tensor(value)
+                for name, entry in row.items():
+                    rollout[name][step] = torch.as_tensor(entry)
         if not frozen:
             rollout["obs"][-1] = next_obs
             rollout["versions"].fill_(version)
@@ -856,7 +852,7 @@ if __name__ == "__main__":
         slots = (buffer.versions >= 0).nonzero().squeeze(1)
         ages = iteration - buffer.versions[slots].float()
         if args.advantage_source == "stored":
-            slots = slots[(slots == slot) & (not frozen)]
+            slots = slots[:0] if frozen else slots[slots == slot]  # advantages are computed once
         refresh_advantages(buffer, slots, iteration, agent, args)
 
         # Update

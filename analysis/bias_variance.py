@@ -45,7 +45,7 @@ GO_RIGHT, GO_DOWN = softmax(np.eye(4)[RIGHT]), softmax(np.eye(4)[DOWN])
 N1, N2 = np.array([0.30, 0.20, 0.30, 0.20]), np.array([0.25, 0.30, 0.20, 0.25])
 N3, N4, N5 = np.array([0.20, 0.35, 0.20, 0.25]), np.array([0.32, 0.18, 0.28, 0.22]), np.array([0.12, 0.38, 0.12, 0.38])
 # mu(a|S0); None is mu = pi
-BEHAVIORS = {
+BEHAVIOURS = {
     "A": UNIFORM,
     "B": 0.4 * UNIFORM + 0.3 * GO_RIGHT + 0.3 * GO_DOWN,
     "C": 0.2 * UNIFORM + 0.4 * GO_RIGHT + 0.4 * GO_DOWN,
@@ -54,11 +54,11 @@ BEHAVIORS = {
     "F": 0.45 * N2 + 0.35 * N5 + 0.2 * UNIFORM,
     "G": 0.4 * N3 + 0.3 * N4 + 0.3 * N5,
 }
-CASES = [(target, behavior) for target in TARGETS for behavior in BEHAVIORS]
+CASES = [(target, behaviour) for target in TARGETS for behaviour in BEHAVIOURS]
 OFF_POLICY = [case for case in CASES if case[1] != "D"]
 
 SIGMAS = [round(float(s), 3) for s in np.geomspace(0.1, 6.4, 25)]
-# flags of each method, from much to little shrinking; those of the scripts' defaults are among them
+# flags of each method, from much to little shrinking; SAPO's last ones are its authors'
 SWEEPS = {
     "none": [{}],
     "gipo": [{"sigma": s} for s in sorted({0.3, 0.5, 1.0, 2.0, *SIGMAS})],
@@ -94,12 +94,12 @@ class Estimate:
         return self.bias**2 + self.variance / n
 
 
-def estimate(target: str, behavior: str, method: str, **flags) -> Estimate:
+def estimate(target: str, behaviour: str, method: str, **flags) -> Estimate:
     """Exact moments of the estimator by a sum over the four actions."""
     pi = TARGETS[target][0]
-    mu = pi if BEHAVIORS[behavior] is None else BEHAVIORS[behavior]
+    mu = pi if BEHAVIOURS[behaviour] is None else BEHAVIOURS[behaviour]
     advantage = advantages(TARGETS[target])
-    # drawn in by a hair, so that a ratio of exactly 1 +- epsilon counts as inside the clip in spite of rounding
+    # shrunk slightly, so that rounding does not put a ratio of exactly 1 +- epsilon outside of the clip
     logratio = np.log(pi / mu) * (1 - 1e-12)
     coef = common.coefficients(common.loss(method, **flags), logratio, advantage)
     score = np.eye(4) - pi  # row a: gradient of log pi(a) with respect to the four logits
@@ -116,23 +116,23 @@ def estimate(target: str, behavior: str, method: str, **flags) -> Estimate:
 
 
 def write_csv(path: Path):
-    """One row per case, method and flags, in the units of the reward; the cosine is empty where no gradient is left."""
+    """One row per case, method and flags. The bias has no sign. The cosine is empty where no gradient is left."""
     with path.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         mse_columns = [f"mse_{n}" for n in SAMPLES]
         rows.writerow(
-            ["target", "behavior", "method", "flags", "expectation", "variance", "bias", *mse_columns, "cosine"]
+            ["target", "behaviour", "method", "flags", "expectation", "variance", "bias", *mse_columns, "cosine"]
         )
-        for target, behavior in CASES:
+        for target, behaviour in CASES:
             for method, sweep in SWEEPS.items():
                 for flags in sweep:
-                    found = estimate(target, behavior, method, **flags)
+                    found = estimate(target, behaviour, method, **flags)
                     numbers = [found.expectation, found.variance, abs(found.bias), *map(found.mse, SAMPLES)]
                     # 12 places: rounding noise of float64 stays out of sight; + 0.0 makes -0 a 0
                     cells = [f"{round(float(number), 12) + 0.0:.12f}" for number in numbers]
                     cosine = "" if np.isnan(found.cosine) else f"{round(float(found.cosine), 12) + 0.0:.12f}"
                     words = " ".join(f"{flag}={value:g}" for flag, value in flags.items())
-                    rows.writerow([target, behavior, method, words, *cells, cosine])
+                    rows.writerow([target, behaviour, method, words, *cells, cosine])
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -147,18 +147,18 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def draw_plane() -> plt.Figure:
     """Bias against variance, relative to plain IS, with each method's frontier as its bandwidth sweeps."""
     fig, axes = plt.subplots(2, 3, figsize=(9, 6), sharex=True, sharey=True, layout="constrained")
-    for ax, (target, behavior) in zip(axes.T.flat, [(t, b) for t in TARGETS for b in "CG"], strict=True):
-        plain = estimate(target, behavior, "none")
+    for ax, (target, behaviour) in zip(axes.T.flat, [(t, b) for t in TARGETS for b in "CG"], strict=True):
+        plain = estimate(target, behaviour, "none")
         for method, sweep in SWEEPS.items():
             if method == "dual-clip":  # no ratio above 3 here, where it would differ from PPO-clip
                 continue
-            found = [estimate(target, behavior, method, **flags) for flags in sweep]
+            found = [estimate(target, behaviour, method, **flags) for flags in sweep]
             points = [(100 * abs(e.bias / plain.expectation), 100 * e.variance / plain.variance) for e in found]
             label, color, line = common.STYLES[method]
             ax.plot(*zip(*points, strict=True), "o", color=color, markersize=3, alpha=0.4)
             marker = "*" if method == "none" else "."
             ax.plot(*zip(*pareto(points), strict=True), marker=marker, linestyle=line, color=color, label=label)
-        ax.set_title(f"target {target}, behavior {behavior}", fontsize=10)
+        ax.set_title(f"target {target}, behaviour {behaviour}", fontsize=10)
         ax.set_xlim(-5, 150)
         ax.set_ylim(-5, 150)
     fig.supxlabel("bias, % of the true gradient (above 100 the expected sign may be wrong)", fontsize=10)
@@ -172,10 +172,10 @@ def draw_sigma() -> plt.Figure:
     sigmas, samples = np.geomspace(0.1, 20, 150), np.geomspace(1, 4096, 49)
     fig, (best, cosine) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     styles = dict(zip(TARGETS, [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":")], strict=True))
-    for target, behavior in OFF_POLICY:
-        found = [estimate(target, behavior, "gipo", sigma=sigma) for sigma in sigmas]
+    for target, behaviour in OFF_POLICY:
+        found = [estimate(target, behaviour, "gipo", sigma=sigma) for sigma in sigmas]
         color, line = styles[target]
-        label = f"target {target}" if behavior == "A" else None
+        label = f"target {target}" if behaviour == "A" else None
         mse = np.array([[e.mse(n) for n in samples] for e in found])
         best.plot(samples, sigmas[mse.argmin(0)], line, color=color, label=label)
         cosine.plot(sigmas, [e.cosine for e in found], line, color=color, label=label)

@@ -23,9 +23,8 @@ STYLES = {
     "none": ("plain IS", "#000000", (0, (1, 1))),
 }
 
-
-# of the scripts for continuous control
-DEFAULTS = {"sigma": 0.5, "clip_coef": 0.2} | {flag: default for flag, (default, *_) in variants.FLAGS.items()}
+DEFAULTS = {"sigma": gipo_continuous.Args.sigma, "clip_coef": ppo_baseline.Continuous.clip_coef}
+DEFAULTS |= {flag: default for flag, (default, *_) in variants.FLAGS.items()}
 OWN = {"gipo": gipo_continuous.policy_loss, "clip": ppo_baseline.policy_loss}
 
 

@@ -3,7 +3,8 @@
     python -m analysis.film        # trains in runs/film, writes docs/figures/learning.gif; an hour or two on a CPU
 
 The scripts make the videos themselves: each run stops at a number of steps, is filmed by --capture-video and resumed.
-A video that is there is not made again. MuJoCo's need EGL on a machine without a screen.
+A video that is there is not made again, so delete a run's folder if it was interrupted. MuJoCo's need EGL on a machine
+without a screen.
 """
 
 import os

@@ -2,9 +2,9 @@
 
     python -m analysis.surrogates     # docs/figures/surrogates.png
 
-Left and middle: the coefficient c of c A grad log pi against the log-ratio, for both signs of the advantage. Right: the
-share of samples that teach next to nothing, |c| < 0.001 as in `offpolicy/dead_fraction`, when the log-ratio has drifted
-to x ~ N(-s^2 / 2, s^2), whose mean ratio is 1, and the sign of the advantage is fair and independent of it.
+Left and middle: the coefficient c of c A grad log pi against the log-ratio x, for both signs of A. Right: the share of
+samples that teach next to nothing, |c| < 0.001 as in `offpolicy/dead_fraction`, against the drift s. There x is drawn
+from N(-s^2 / 2, s^2), so the mean ratio is 1. Both signs of A are equally likely and independent of x.
 """
 
 from pathlib import Path
@@ -45,7 +45,7 @@ def draw() -> plt.Figure:
         label = ", ".join([label, *(f"{flag} {value:g}" for flag, value in flags.items())])
         for ax, sign in ((positive, 1), (negative, -1)):
             ax.plot(logratio, common.coefficients(common.loss(method, **flags), logratio, sign), label=label, **style)
-        dead.plot(drifts, [100 * dead_share(method, s, **flags) for s in drifts], **style)
+        dead.plot(drifts, [100 * dead_share(method, s, points=2_001, **flags) for s in drifts], **style)
     for ax, sign in ((positive, ">"), (negative, "<")):
         ax.set(ylim=(-0.6, 2.6), xlabel="log-ratio x")
         ax.set_title(f"A {sign} 0", fontsize=10)

@@ -34,7 +34,10 @@ def complete(experiment: str, key: Callable[[Run], Hashable]) -> dict[Hashable, 
         code[row["command"].split()[1]].add(f"{row['revision']} with {row['versions']}")
     for script, versions in code.items():
         if len(versions) > 1 or any("+" in version.split()[0] for version in versions):
-            print(f"{experiment}: rows have different code: {script} at {', '.join(sorted(versions))}", file=sys.stderr)
+            print(
+                f"{experiment}: rows of {script} have different or uncommitted code: {', '.join(sorted(versions))}",
+                file=sys.stderr,
+            )
     return whole
 
 

@@ -127,7 +127,7 @@ def tuned(method: str, kl: float = KL) -> dict[str, float]:
 
 
 def per_dimension(width: float, env_id: str, seed: int, k: int) -> Run:
-    """A run of GIPO with KL whose width grows with the root of the number of an action's dimensions.
+    """A run of GIPO with KL. Its sigma is `width` times the square root of the number of an action's dimensions.
 
     The log-ratio of a whole action spreads that much further than the log-ratio of one dimension.
     """
@@ -158,7 +158,7 @@ def rllib_tuning() -> Groups:
 
 # ---------------------------------------------------- Experiments ----------------------------------------------------
 def grid(methods, seeds, envs, dials, kl: float = KL, **flags) -> Iterator[Run]:
-    """Tuned methods on the environments at every dial, a set of flags. The methods of a seed stand side by side."""
+    """Runs of tuned methods by seed, dial (a set of flags) and environment. Methods vary fastest."""
     best = {method: tuned(method, kl) for method in methods}
     for seed, dial, env_id, method in itertools.product(seeds, dials, envs, methods):
         yield run(method, env_id, seed, **({"total_timesteps": STEPS} | best[method] | flags | dial))

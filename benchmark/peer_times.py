@@ -3,7 +3,8 @@
 ./benchmark.sh peers-time    # on an idle machine; writes benchmark/results/peer-times.csv
 
 The methods take turns, so that a machine that changes its speed changes all of them. Each run is timed at two lengths,
-and the difference leaves out what a start costs. The table has medians of the ratios to GIPO of the same turn.
+and the difference leaves out what a start costs. The table has medians of each method's time, divided by GIPO's in the
+same turn.
 """
 
 import csv

@@ -89,7 +89,7 @@ def verdict(ours: Scores, theirs: Scores, where: str, names=("GIPO", "PPO-clip")
     own, other, low, high = (
         f"{x:z.{digits}f}" for x in (scores.iqm_with_interval(ours)[0], scores.iqm_with_interval(theirs)[0], low, high)
     )
-    seeds = min(map(len, ours.values()))
+    seeds = min(map(len, [*ours.values(), *theirs.values()]))
     if seeds == 1:
         return f"{where} one seed decides nothing between {names[0]} and {names[1]} ({own} against {other})."
     shown = f"({own} against {other}, difference {low} to {high}{f', {seeds} seeds only' if seeds < FEW else ''})"
@@ -194,10 +194,15 @@ def ranking(scale: Scale, cells: dict) -> dict[Hashable, float]:
     return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))
 
 
+def best_other(scale: Scale, cells: dict) -> list[Hashable]:
+    """The best method on old data other than GIPO and PPO-clip; none if no such cell is complete."""
+    return [line for line in ranking(scale, cells) if line[0] not in PAIR][:1]
+
+
 def headline(scale: Scale, cells: dict, texts: dict, columns: dict) -> Texts:
     """GIPO, PPO-clip and the best other method on old data, all with KL. The verdict also has PPO-clip without KL."""
-    others = [line for line in ranking(scale, cells) if line[0] not in PAIR]
-    shown = [("gipo", KL), ("clip", KL), *others[:1]]
+    others = best_other(scale, cells)
+    shown = [("gipo", KL), ("clip", KL), *others]
     ours, plain = ("gipo", KL), ("clip", 0)
 
     def said(theirs, sizes, name):
@@ -205,7 +210,7 @@ def headline(scale: Scale, cells: dict, texts: dict, columns: dict) -> Texts:
         return verdict(*pair, f"With {PLACES[sizes]}", (with_kl(ours), name))
 
     found = [said(plain, (8, 32), "PPO-clip without KL")]
-    found += [said(line, (8, 32), with_kl(line)) for line in others[:1]]
+    found += [said(line, (8, 32), with_kl(line)) for line in others]
     found += [said(plain, (1,), "PPO-clip without KL")]
     return {
         "headline": cross(texts, {line: with_kl(line) for line in shown}, columns),
@@ -258,7 +263,7 @@ def width() -> Texts:
     scale, cells = Scale(), complete("staleness", by_flag("--buffer-epochs"))
     cells |= complete("width", lambda run: ("width", int(run.value("--buffer-epochs"))))
     lines = {("gipo", KL): "GIPO with KL, one width", "width": "GIPO with KL, a width per dimension"}
-    lines |= {line: with_kl(line) for line in [line for line in ranking(scale, cells) if line[0] not in PAIR][:1]}
+    lines |= {line: with_kl(line) for line in best_other(scale, cells)}
     lines |= {("clip", 0): with_kl(("clip", 0))}
     found = {key: scale(known) for key, known in cells.items() if key[0] in lines}
     styles = {"width": (lines["width"], NAMES["gipo"][1], "--")}

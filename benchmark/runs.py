@@ -1,8 +1,9 @@
 """Runs many training runs, one single-threaded process per core, and keeps one row of each in a CSV file.
 
-A run that has a row is skipped. An interrupted run continues from its checkpoint. A failed run is named with its log,
-and makes the whole batch fail. A run that stops because a value is not finite has not failed; its row says that it
-diverged. A row holds the flags of the run, its score and its learning curve, so the figures need nothing else.
+A run that has a row is skipped. An interrupted run of the four scripts continues from its checkpoint, and any other
+begins again. A failed run is named with its log, and makes the whole batch fail. A run that stops because a value is
+not finite has not failed; its row says that it diverged. A row holds the flags of the run, its score and its learning
+curve, so the figures need nothing else.
 """
 
 import csv
@@ -137,7 +138,8 @@ def revision(*scripts: str) -> str:
 def versions(python: Path) -> str:
     """The versions of PACKAGES that an interpreter has installed."""
     listed = subprocess.run([python, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
-    known = dict(line.split("==", 1) for line in listed.splitlines() if "==" in line)
+    # pip names stable-baselines3 with an underscore
+    known = dict(line.replace("_", "-").split("==", 1) for line in listed.splitlines() if "==" in line)
     return " ".join(f"{name}={known[name]}" for name in PACKAGES if name in known)
 
 
@@ -192,7 +194,10 @@ def execute(run: Run) -> dict:
     """Run to the end and return the row. If the run fails, raise `CalledProcessError`; `run.folder` keeps the log."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / "log.txt").open("a+") as log:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child keeps the lock if this process dies
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child keeps the lock if this process dies
+        except BlockingIOError:
+            raise BlockingIOError("another batch is doing this run") from None
         scripts = [word for word in (run.script, *run.positional) if word.endswith(".py")]
         current, started = revision(*scripts), run.folder / "revision.txt"
         saved = list(run.folder.glob("runs/*/checkpoint.pt"))

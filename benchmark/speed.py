@@ -2,17 +2,17 @@
 
     ./benchmark.sh speed            # one table on standard output, about half an hour on two idle cores
 
-The PPO of Stable-Baselines3 takes as many gradient steps of the same size. It runs in .venv-peers, an environment of
-its own.
+The PPO of Stable-Baselines3 takes as many gradient steps as the script, on minibatches of the same size. It runs in a
+virtual environment of its own, .venv-peers.
 
 Each configuration runs in a process of its own: a warm-up, then a fixed number of timed iterations. The same process
 then times the bare environment under random actions. The configurations take turns, so that a machine that changes its
 speed changes all of them. The table shows medians. Compare ratios, not steps per second.
 """
 
+import contextlib
 import itertools
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -31,7 +31,7 @@ import tyro
 from benchmark.experiments import PEERS
 from benchmark.scripts import ROOT, load, run_body
 
-# title: script, flags, timed iterations
+# title: script, its flags or sb3 for the peer, timed iterations
 CONFIGURATIONS = {
     "HalfCheetah": ("gipo_continuous", "", 15),
     "HalfCheetah, --compile": ("gipo_continuous", "--compile", 15),
@@ -169,8 +169,7 @@ def measure(title: str):
     # one more iteration, because the last one saves a checkpoint
     sys.argv += ["--total-timesteps", str((warmup + iterations + 1) * batch)]
     clock = Clock(module, warmup, iterations)
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         run_body(module)
     found = {phase: clock.measured[phase] / clock.elapsed for phase in PHASES}
     found["steps"] = iterations * batch / clock.elapsed
@@ -215,15 +214,13 @@ def main(args: Args):
         return measure(args.measure)
     found = defaultdict(list)
     for repetition, title in itertools.product(range(args.repetitions), args.titles):
-        if Path(command(title)[0]).exists():
+        start = command(title)
+        if Path(start[0]).exists():
             print(f"{repetition + 1}/{args.repetitions} {title}", file=sys.stderr)
-            result = subprocess.run(command(title), cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+            result = subprocess.run(start, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
             found[title].append(json.loads(result.stdout.splitlines()[-1]))
         elif repetition == 0:
-            print(
-                f"{title} is skipped: ./benchmark.sh peers --dry-run makes the environment that it needs.",
-                file=sys.stderr,
-            )
+            print(f"{title} is skipped: ./benchmark.sh peers --dry-run makes its environment.", file=sys.stderr)
     columns = ["steps/s", "bare", "ratio", *PHASES, "rest", "peak MB", "buffer MB"]
     print(f"| configuration | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for title, runs in found.items():

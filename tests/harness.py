@@ -7,30 +7,37 @@ from types import ModuleType
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmark.scripts import ROOT, load, run_body
-from benchmark.variants import load_variant
+from benchmark.scripts import ROOT, run_body
+from benchmark.scripts import load as load
+from benchmark.variants import load_variant as load_variant
 
-__all__ = [
-    "DOMAIN_OF",
-    "ENTRIES",
-    "GIPO",
-    "MAIN",
-    "ROOT",
-    "SCRIPTS",
-    "flags",
-    "load",
-    "load_variant",
-    "run",
-    "scalars",
-    "source",
-    "watch",
-]
 MAIN = 'if __name__ == "__main__":\n'
 DOMAIN_OF = {"gipo_atari": "atari", "gipo_continuous": "continuous", "gipo_minigrid_vision": "minigrid"}
 GIPO = list(DOMAIN_OF)
 SCRIPTS = [*GIPO, "ppo_baseline"]
 # every way to start a script: name and the arguments that select its domain
 ENTRIES = [(name, []) for name in GIPO] + [("ppo_baseline", [domain]) for domain in DOMAIN_OF.values()]
+# what every run logs; "charts/success_rate" comes where the environment reports a success
+TAGS = {
+    "charts/episodic_return",
+    "charts/episodic_length",
+    "charts/learning_rate",
+    "charts/SPS",
+    "losses/value_loss",
+    "losses/policy_loss",
+    "losses/entropy",
+    "losses/kl",
+    "losses/approx_kl",
+    "losses/clipfrac",
+    "losses/explained_variance",
+    "losses/grad_norm",
+    "offpolicy/age_mean",
+    "offpolicy/age_max",
+    "offpolicy/abs_logratio_p95",
+    "offpolicy/ess",
+    "offpolicy/dead_fraction",
+    "offpolicy/coef_mean",
+}
 
 
 def source(name: str) -> str:

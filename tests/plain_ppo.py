@@ -1,4 +1,4 @@
-"""A PPO such as anybody might have, on CartPole; docs/gipo.md shows as a diff what turns it into GIPO."""
+"""A PPO such as anybody might have, on CartPole; the README shows as a diff what turns it into GIPO."""
 
 import gymnasium as gym
 import numpy as np

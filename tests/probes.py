@@ -49,7 +49,7 @@ class Clock(gym.Env):
 class Bar(gym.Env):
     """Seven steps and one for the reset make a bar of eight rows: episodes end where rollouts of 8, 16, ... rows do.
 
-    Knows no chance: the reward and the next observation follow from the action and the time.
+    Deterministic: the reward and the next observation follow from the action and the time.
     """
 
     observation_space = Box(-10, 10, (2,), np.float32)

@@ -39,9 +39,10 @@ FOREIGN = {
 }
 TITLES = {"atari": "Atari", "continuous": "Continuous control", "minigrid": "MiniGrid vision"}
 ORDER = ["Loss", "Flags", "Replay buffer, advantages", "Checkpoints, evaluation", "Command line"]
-# distribution by the name it is imported under, where the two differ; packaging is one that metaworld forgot to declare
+# distribution by import name, where the two differ
 DISTRIBUTIONS = {"ale_py": "ale-py"}
-UNIMPORTED = {"mujoco", "packaging", "metaworld"}  # the last by gymnasium, through the environment's id
+# metaworld forgot to declare packaging; gymnasium imports metaworld through the environment's id
+UNIMPORTED = {"mujoco", "packaging", "metaworld"}
 BANNER = re.compile(r"^# -+ (.+?) -+$", re.MULTILINE)
 
 

@@ -42,7 +42,7 @@ def test_pixels_and_words(env_id):
                 break
 
 
-def test_every_mission_of_the_library_is_covered():
+def test_missions_of_every_level_are_covered():
     # the WFC levels need patterns that the library's wheel does not bring
     ids = [env_id for env_id in gym.registry if env_id.startswith(("MiniGrid-", "BabyAI-")) and "WFC" not in env_id]
     assert len(ids) > 150

@@ -67,7 +67,7 @@ def test_a_frozen_buffer_does_not_change(advantage_source, monkeypatch, tmp_path
                 del content[name]
     assert all(same(contents[i], contents[3]) for i in range(4, 9))
     assert not same(contents[2], contents[3])
-    # statistics of iteration 3 still count, for its rollout was the last to enter
+    # statistics of iteration 3 still count, because its rollout was the last to enter
     assert all(same(states[i], states[4]) for i in range(5, 9))
     assert not same(states[3], states[4])
     assert [step for step, _ in scalars(tmp_path)["charts/episodic_return"]][-1] == 9 * ROLLOUT

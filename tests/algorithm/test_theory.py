@@ -204,12 +204,12 @@ def kl(p_logits, q_logits):
     return (p.exp() * (p - q)).sum().item()
 
 
-def descend(loss, logits, actions, behavior_logprobs, advantage, rate, steps):
+def descend(loss, logits, actions, behaviour_logprobs, advantage, rate, steps):
     """Plain SGD on one batch of a tabular softmax policy with one state."""
     logits = logits.clone().requires_grad_()
     optimizer = torch.optim.SGD([logits], lr=rate)
     for _ in range(steps):
-        logratio = torch.log_softmax(logits, 0)[actions] - behavior_logprobs
+        logratio = torch.log_softmax(logits, 0)[actions] - behaviour_logprobs
         optimizer.zero_grad()
         loss(logratio, advantage)[0].backward()
         optimizer.step()
@@ -218,15 +218,15 @@ def descend(loss, logits, actions, behavior_logprobs, advantage, rate, steps):
 
 @given(
     logits=hnp.arrays(float, 5, elements=st.floats(-4, 4)),
-    behavior=hnp.arrays(float, 5, elements=st.floats(-8, 8)),
+    behaviour=hnp.arrays(float, 5, elements=st.floats(-8, 8)),
     actions=hnp.arrays(int, 16, elements=st.integers(0, 4)),
     advantage=hnp.arrays(float, 16, elements=st.floats(-3, 3)),
     rate=st.floats(0.01, 1),
     sigma=st.floats(0.1, 1.5),
 )
-def test_t26_one_step_moves_a_bounded_distance(logits, behavior, actions, advantage, rate, sigma):
+def test_t26_one_step_moves_a_bounded_distance(logits, behaviour, actions, advantage, rate, sigma):
     before = torch.tensor(logits)
-    mu = torch.log_softmax(torch.tensor(behavior), 0)[actions]
+    mu = torch.log_softmax(torch.tensor(behaviour), 0)[actions]
     loss = common.loss("gipo", sigma=sigma)
     after = descend(loss, before, torch.tensor(actions), mu, torch.tensor(advantage), rate, 1)
     bound = 0.5 * rate**2 * math.exp(sigma**2) * np.abs(advantage).mean() ** 2
@@ -235,8 +235,8 @@ def test_t26_one_step_moves_a_bounded_distance(logits, behavior, actions, advant
 
 def test_t26_plain_importance_sampling_moves_further():
     before, actions = torch.zeros(5, dtype=torch.float64), torch.tensor([0])
-    behavior = torch.log(torch.tensor([1e-3], dtype=torch.float64))
-    after = descend(common.loss("none"), before, actions, behavior, torch.ones(1, dtype=torch.float64), 0.1, 1)
+    behaviour = torch.log(torch.tensor([1e-3], dtype=torch.float64))
+    after = descend(common.loss("none"), before, actions, behaviour, torch.ones(1, dtype=torch.float64), 0.1, 1)
     assert kl(before, after) > 0.5 * 0.1**2 * math.exp(1.0)
 
 
@@ -245,10 +245,10 @@ def test_t27_no_trust_region():
     rng = np.random.default_rng(0)
     start = torch.zeros(4, dtype=torch.float64)
     actions = torch.tensor(rng.integers(0, 4, 256))
-    behavior = torch.log_softmax(start, 0)[actions]
+    behaviour = torch.log_softmax(start, 0)[actions]
     advantage = torch.tensor(rng.normal(size=256)) + torch.tensor([1.0, 0.3, -0.3, -1.0])[actions]
     drift = {
-        method: kl(start, descend(common.loss(method), start, actions, behavior, advantage, 0.5, 200))
+        method: kl(start, descend(common.loss(method), start, actions, behaviour, advantage, 0.5, 200))
         for method in ("gipo", "clip", "spo")
     }
     assert drift["gipo"] > 3 * drift["clip"] and drift["gipo"] > 3 * drift["spo"]
@@ -362,3 +362,11 @@ def test_the_published_table_is_what_the_scripts_give(tmp_path):
     assert [row[:4] for row in fresh] == [row[:4] for row in kept]
     numbers = [[float(cell or "nan") for row in table[1:] for cell in row[4:]] for table in (fresh, kept)]
     np.testing.assert_allclose(*numbers, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_the_analyses_write_their_files(tmp_path):
+    surrogates.main(tmp_path)
+    bias_variance.main(tmp_path)
+    names = {"surrogates.png", "bias_variance.csv", "bias_variance.png", "best_sigma.png"}
+    assert {path.name for path in tmp_path.iterdir() if path.stat().st_size > 10_000} == names

@@ -276,3 +276,11 @@ def test_every_command_is_one_that_its_script_takes(name, untuned, monkeypatch):
         monkeypatch.setattr(sys, "argv", [script, *words])
         args, _ = module.read_args()
         assert args.env_id == run.value("--env-id") and args.eval_episodes == 0
+
+
+def test_versions_of_every_listed_package(monkeypatch, tmp_path):
+    """pip lists some names with an underscore."""
+    listed = "".join(f"{name.replace('-', '_')}==1.{i}\n" for i, name in enumerate(runs.PACKAGES))
+    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listed + "other @ file:///x\n"))
+    found = runs.versions(tmp_path)
+    assert found == " ".join(f"{name}=1.{i}" for i, name in enumerate(runs.PACKAGES))

@@ -12,12 +12,11 @@ from harness import ROOT
 from benchmark import peer_times, random_returns, runs, speed
 
 
-def test_speed_accounts_for_the_time(monkeypatch, tmp_path, capsys):
+def test_speed_accounts_for_the_time(monkeypatch, capsys):
     flags = "--num-envs 2 --num-steps 32 --num-minibatches 2 --buffer-epochs 2"
     monkeypatch.setitem(speed.CONFIGURATIONS, "tiny", ("gipo_continuous", flags, 4))
     monkeypatch.setattr(speed, "BARE_SECONDS", 0.2)
     monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.chdir(tmp_path)
     speed.measure("tiny")
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     shares = [found[phase] for phase in speed.PHASES]

@@ -253,12 +253,12 @@ def test_what_lacks_its_ground_is_an_error(results, capsys):
 
 def test_rows_of_different_code_are_named(results, capsys):
     report.main()
-    assert "different code" not in capsys.readouterr().err
+    assert "different or uncommitted code" not in capsys.readouterr().err
     known = runs.rows("staleness")
     known[0]["revision"] = "abc"
     write(results / "staleness.csv", known)
     report.main()
-    assert "different code" in capsys.readouterr().err
+    assert "different or uncommitted code" in capsys.readouterr().err
 
 
 def test_verdicts():

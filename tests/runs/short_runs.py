@@ -51,7 +51,7 @@ def send(*signals):
 
 
 def fork_run(module: ModuleType, monkeypatch, folder: Path, argv: list) -> int:
-    """Starts a run in a process of its own, quickly, for all is imported; returns its process id."""
+    """Forks a run, because a new process would import everything again; returns its process id."""
     child = os.fork()
     if child == 0:
         try:

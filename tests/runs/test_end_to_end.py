@@ -8,28 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from harness import ENTRIES, GIPO, ROOT, load, run, scalars, watch
+from harness import ENTRIES, GIPO, ROOT, TAGS, load, run, scalars, watch
 
-TAGS = {
-    "charts/episodic_return",
-    "charts/episodic_length",
-    "charts/learning_rate",
-    "charts/SPS",
-    "losses/value_loss",
-    "losses/policy_loss",
-    "losses/entropy",
-    "losses/kl",
-    "losses/approx_kl",
-    "losses/clipfrac",
-    "losses/explained_variance",
-    "losses/grad_norm",
-    "offpolicy/age_mean",
-    "offpolicy/age_max",
-    "offpolicy/abs_logratio_p95",
-    "offpolicy/ess",
-    "offpolicy/dead_fraction",
-    "offpolicy/coef_mean",
-}
 REAL = {
     "atari": "--env-id ALE/Breakout-v5 --num-envs 2 --num-steps 64 --num-minibatches 2 --total-timesteps 1280",
     "continuous": "--env-id Hopper-v5 --num-envs 2 --num-steps 64 --num-minibatches 2 --total-timesteps 1280",

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from harness import ENTRIES, ROOT, load, run, scalars, source, watch
+from harness import ENTRIES, ROOT, SCRIPTS, load, run, scalars, source, watch
 from short_runs import (
     BAR,
     ROLLOUT,
@@ -272,9 +272,13 @@ def test_closed_stderr(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "domain"), ENTRIES)
-def test_help_says_what_flags_take(name, domain, monkeypatch, tmp_path, capsys):
+def test_help_warns_that_a_longer_run_raises_the_learning_rate(name, domain, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(load(name), monkeypatch, tmp_path, [*domain, "--help"])
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     assert re.search("annealed learning rate jumps? up", text)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_writes_whole_numbers_out(name):
     assert not re.search(r": int.*\n +\"{3}.*\de\d", source(name)), "whole numbers are not accepted as 1e6"

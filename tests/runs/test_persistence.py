@@ -108,7 +108,7 @@ def test_a_longer_run_grows_out_of_a_finished_one(monkeypatch, tmp_path):
 
 
 def test_flags_hold_unless_they_are_given_anew(monkeypatch, tmp_path):
-    """Also one that is given anew as the script's default; and the next --resume finds them."""
+    """A flag set back to the script's default holds too, and the next --resume keeps it."""
     argv = [*BAR, *iterations(2), "--seed", 3, "--sigma", 1, "--ent-coef", 0.1, "--no-anneal-lr"]
     run(load("gipo_continuous"), monkeypatch, tmp_path, argv)
     resume = ["--resume", folder_of(tmp_path)]
