@@ -30,7 +30,7 @@ def main(dry_run: bool = False) -> int:
     draw_raw(cells, WORK / "quick.png", "return")
     for env_id, digits in zip(experiments.QUICK, (0, 2)):
         own = {key: known for key, known in cells.items() if key[1] == env_id}
-        print(raw_verdict(own, "final_return", digits).replace(". ", ".\n"))
+        print(raw_verdict(own, "final_return", digits))
     print(f"learning curves: {WORK / 'quick.png'}")
     return 0
 

@@ -99,7 +99,8 @@ def verdict(ours: Scores, theirs: Scores, where: str, names=("GIPO", "PPO-clip")
 
 
 def sentences(found: Iterable[str]) -> str:
-    return " ".join(filter(None, found))
+    """A list in Markdown, without the empty ones."""
+    return "\n".join(f"- {one}" for one in found if one)
 
 
 def intervals(cells: dict[Hashable, Scores], digits: int = 2) -> dict[Hashable, str]:
@@ -176,10 +177,9 @@ def staleness() -> Texts:
             said.append(verdict(*pair, f"{'With' if own else 'Without'} KL and {PLACES[sizes]}"))
         else:
             said.append(verdict(*pair, f"With {PLACES[sizes]}", (LINES["gipo", own], LINES["clip", other])))
-    stale = ranking(scale, cells)
-    if stale:
-        rank = ", ".join(f"{LABELS[line[0]]} {value:.2f}" for line, value in stale.items())
-        said.append(f"With KL and K = 8 or 32, best first: {rank}.")
+    for line in ((method, KL) for method in METHODS if method not in PAIR):
+        pair = [pooled(scale, cells, own, (8, 32)) for own in (("gipo", KL), line)]
+        said.append(verdict(*pair, "With KL and K = 8 or 32", ("GIPO", LABELS[line[0]])))
     columns = {k: f"K = {k}" for k in (1, 8, 32)}
     texts = intervals(found)
     tables = {"staleness": cross(texts, LINES, columns), "staleness-verdict": sentences(said)}
@@ -214,7 +214,7 @@ def headline(scale: Scale, cells: dict, texts: dict, columns: dict) -> Texts:
     found += [said(plain, (1,), "PPO-clip without KL")]
     return {
         "headline": cross(texts, {line: with_kl(line) for line in shown}, columns),
-        "headline-verdict": sentences(found),
+        "headline-verdict": " ".join(filter(None, found)),
     }
 
 

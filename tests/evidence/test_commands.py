@@ -10,10 +10,7 @@ from harness import ROOT
 from benchmark import experiments
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-FIRST_EDITION = ROOT / "docs" / "first-edition.md"  # its commands are those of an older revision
-PAGES = [
-    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), CONTRIBUTING) if page != FIRST_EDITION
-]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), CONTRIBUTING]
 TOOLS = "python|uv|tensorboard|diff|pre-commit|./benchmark.sh"
 # how a command begins, and what runs it instead
 ELSEWHERE = {
