@@ -262,7 +262,7 @@ def width() -> Texts:
     """A width per dimension next to one width for all environments, and to the best other method."""
     scale, cells = Scale(), complete("staleness", by_flag("--buffer-epochs"))
     cells |= complete("width", lambda run: ("width", int(run.value("--buffer-epochs"))))
-    lines = {("gipo", KL): "GIPO with KL, one width", "width": "GIPO with KL, a width per dimension"}
+    lines = {("gipo", KL): "GIPO with KL and one width", "width": "GIPO with KL and a width per dimension"}
     lines |= {line: with_kl(line) for line in best_other(scale, cells)}
     lines |= {("clip", 0): with_kl(("clip", 0))}
     found = {key: scale(known) for key, known in cells.items() if key[0] in lines}
