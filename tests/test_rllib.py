@@ -150,6 +150,15 @@ def test_the_kl_term_is_gipo_s_alone_unless_it_is_asked_for():
             gipo_rllib.Args(kl_coef=value)
 
 
+def test_no_width_that_is_allowed_overflows():
+    for flag in ("sigma", "sigma_neg"):
+        with pytest.raises(gipo_rllib.Failure, match=f"--{flag.replace('_', '-')} 11: give"):
+            gipo_rllib.Args(**{flag: 11})
+    args = gipo_rllib.Args(sigma=10)
+    _, coef = gipo_rllib.policy_loss(torch.linspace(-200, 200, 401), torch.ones(401), args)  # its top is at 100
+    assert coef.isfinite().all() and coef.max() > 1e21
+
+
 def resume(monkeypatch, folder, *flags):
     monkeypatch.setattr(sys, "argv", ["gipo_rllib.py", "--resume", str(folder), *map(str, flags)])
     return gipo_rllib.read_args()

@@ -133,7 +133,7 @@ def test_no_two_batches_do_one_run(process):
     run.folder.mkdir(parents=True)
     with (run.folder / "log.txt").open("w") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        with pytest.raises(BlockingIOError):
+        with pytest.raises(BlockingIOError, match="another batch"):
             runs.execute(run)
     assert not process.commands
 

@@ -269,6 +269,10 @@ def test_verdicts():
     assert "seeds" not in report.verdict(five, five, "Here")
     # the same environments, or nothing
     assert report.verdict(ours, theirs | {"b": theirs["a"]}, "Here") == report.verdict({}, {}, "Here") == ""
+    # the fewer seeds count, on whichever side they are
+    assert report.verdict(five, theirs, "Here").endswith("3 seeds only).")
+    assert report.verdict(theirs, five, "Here").endswith("3 seeds only).")
+    assert report.verdict(five, {"a": five["a"][:1]}, "Here").startswith("Here one seed decides nothing")
     single = [{"a": sample["a"][:1]} for sample in (ours, theirs)]
     assert report.verdict(*single, "Here", digits=1) == (
         "Here one seed decides nothing between GIPO and PPO-clip (1.0 against 0.0)."
