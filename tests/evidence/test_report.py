@@ -205,6 +205,7 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     assert found["tune-details"].count(" chosen |") == 12
     assert all(text.startswith("`--sigma 0.3` (") for text in cells(found["tune"], "GIPO"))
     assert len(found["headline"].splitlines()) == 2 + 3 and len(cells(found["headline"], "GIPO with KL")) == 3
+    assert cells(found["headline"], "PPO-clip without KL") == cells(found["staleness"], "PPO-clip without KL")
     assert "With K = 8 or 32 GIPO with KL beats PPO-clip without KL (" in found["headline-verdict"]
     assert all(float(text.split()[0]) > 0.9 for text in cells(found["metaworld-score"], "GIPO"))
     assert len(cells(found["metaworld-score"], "GIPO")) == 2
