@@ -45,7 +45,7 @@ def draw() -> plt.Figure:
         label = ", ".join([label, *(f"{flag} {value:g}" for flag, value in flags.items())])
         for ax, sign in ((positive, 1), (negative, -1)):
             ax.plot(logratio, common.coefficients(common.loss(method, **flags), logratio, sign), label=label, **style)
-        dead.plot(drifts, [100 * dead_share(method, s, points=2_001, **flags) for s in drifts], **style)
+        dead.plot(drifts, [100 * dead_share(method, s, **flags) for s in drifts], **style)
     for ax, sign in ((positive, ">"), (negative, "<")):
         ax.set(ylim=(-0.6, 2.6), xlabel="log-ratio x")
         ax.set_title(f"A {sign} 0", fontsize=10)
