@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures the scripts and makes the evidence. --help after a subcommand lists its flags (costs has none).
 #
-#   ./benchmark.sh quick        GIPO and PPO-clip on fresh and stale data, in about ten minutes on two cores
+#   ./benchmark.sh quick        GIPO and PPO-clip on fresh and stale data, in about five minutes on two cores
 #   ./benchmark.sh speed        steps per second next to the bare environments, and where the time goes
 #
 # The evidence, in benchmark/results/*.csv. Runs that have a row there are skipped, so move a file away to repeat them.

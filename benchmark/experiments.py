@@ -260,7 +260,7 @@ def llm() -> Iterator[Run]:
 
 
 def quick() -> Iterator[Run]:
-    """The scripts' defaults, in ten minutes on two cores. No Atari game is learned in that time."""
+    """The scripts' defaults, in about five minutes on two cores. No Atari game is learned in that time."""
     for seed, k, (env_id, steps), method in itertools.product(THREE, (1, 8), QUICK.items(), PAIR):
         yield run(method, env_id, seed, total_timesteps=steps, buffer_epochs=k)
 

@@ -1,9 +1,9 @@
-"""GIPO against PPO-clip on fresh and stale data, in about ten minutes on two cores.
+"""GIPO against PPO-clip on fresh and stale data, in about five minutes on two cores.
 
 ./benchmark.sh quick        # draws runs/benchmark/quick.png and prints a verdict
 
 Both take the scripts' defaults. Hopper stands for continuous control and an empty room for MiniGrid. No Atari game is
-learned in ten minutes; see ./benchmark.sh atari. Three seeds show a large difference, but not a small one.
+learned in that time; see ./benchmark.sh atari. Three seeds show a large difference, but not a small one.
 """
 
 import sys
