@@ -95,12 +95,6 @@ class GIPOConfig(GRPOConfig):
     buffer_epochs: int = field(default=1, metadata={"help": "newest generations that the replay buffer keeps"})
     policy_lag: int = field(default=0, metadata={"help": "generate with the policy from L generations ago"})
 
-    def __post_init__(self):
-        self.gipo = self.loss_type == "gipo"
-        if self.gipo:
-            self.loss_type = "vespo"  # TRL's loss -c A log pi, whose c comes from a method that GIPOTrainer overrides
-        super().__post_init__()
-
 
 class GIPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer with GIPO's loss, a buffer of the last K generations and a delay of L generations.
@@ -111,6 +105,11 @@ class GIPOTrainer(GRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         args = self.args
+        if args.loss_type == "gipo":
+            self.loss_type = "vespo"  # TRL's loss -c A log pi, whose c comes from get_gamma_weights
+            corrected = args.use_vllm and args.vllm_importance_sampling_correction
+            if corrected and args.vllm_importance_sampling_mode not in ("token_truncate", "token_mask"):
+                raise ValueError("GIPO needs token_truncate or token_mask as vllm_importance_sampling_mode.")
         if args.policy_lag and (self.accelerator.num_processes > 1 or args.use_vllm):
             raise ValueError("policy_lag swaps the weights of the model, so it needs a single process without vLLM.")
         every = args.steps_per_generation * self.num_iterations
@@ -124,7 +123,7 @@ class GIPOTrainer(GRPOTrainer):
 
     def get_gamma_weights(self, advantages, log_ratio_per_token, **kwargs):
         """The c of each token in the loss -c A log pi."""
-        if not self.args.gipo:
+        if self.args.loss_type != "gipo":
             self.coef = super().get_gamma_weights(advantages, log_ratio_per_token, **kwargs)
             return self.coef
         logratio = log_ratio_per_token.detach()

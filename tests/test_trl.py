@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -758,9 +759,19 @@ def test_a_lag_given_up_and_taken_again_starts_anew(tmp_path):
     assert torch.load(run / "checkpoint-8" / "buffer-0.pt")["policies"] == []
 
 
-def test_vllm_s_ratios_of_whole_completions_are_refused(tmp_path):
-    """By TRL's own check for VESPO, because one ratio of a completion is none of its tokens'."""
+def test_vllm_s_ratios_of_whole_completions_are_refused(tmp_path, monkeypatch):
+    """One ratio of a completion is none of its tokens'."""
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", lambda *_, **__: None)
     config = gipo_trl.GIPOConfig(str(tmp_path), bf16=False, use_vllm=True)
     assert config.vllm_importance_sampling_mode.startswith("sequence")
-    with pytest.raises(ValueError, match="token_truncate"):
+    with pytest.raises(ValueError, match=r"^GIPO needs token_truncate or token_mask[^.]*\.$"):
         make_trainer(config)
+
+
+def test_a_changed_copy_of_the_settings_keeps_the_loss(tmp_path):
+    config = replace(make_config(tmp_path), sigma=1.0, generation_batch_size=None)
+    assert config.loss_type == "gipo"
+    trainer = make_trainer(config)
+    logratio = torch.tensor([[0.5]])
+    weighed = {"advantages": torch.ones(1, 1), "log_ratio_per_token": logratio, "importance_sampling_ratio": None}
+    assert trainer.get_gamma_weights(mask=None, **weighed).item() == pytest.approx(math.exp(0.5 - 0.5**3))
