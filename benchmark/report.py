@@ -372,8 +372,8 @@ def raw_verdict(cells, column: str, digits: int = 2, pool: bool = False, names=(
 def raw(experiment: str, column: str = "final_return", digits: int = 0, labels: dict[str, str] = LABELS) -> Texts:
     """Figure, table and verdict of returns or successes without scaling, next to random actions."""
     cells, random = raw_cells(experiment), evidence.zeros(column)
-    draw_raw(cells, FIGURES / f"{experiment}.png", "return", labels)
     samples = {key: evidence.values(known, column, random) for key, known in cells.items()}
+    draw_raw(cells, FIGURES / f"{experiment}.png", "return", labels)
     places = {(env_id, name): f"{short(env_id)}, {name}" for _, env_id, name in cells}
     texts = {((env_id, name), m): text for (m, env_id, name), text in intervals(samples, digits).items()}
     texts |= {(place, "random"): f"{random[place[0]]:.{digits}f}" for place in places if place[0] in random}

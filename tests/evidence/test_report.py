@@ -109,6 +109,14 @@ def test_a_run_that_diverged_counts_as_random(results):
     assert re.findall(r"\b1 \|$", diverged, re.MULTILINE) == ["1 |"]
 
 
+def test_a_run_that_diverged_needs_the_return_of_random_actions(results, monkeypatch, capsys):
+    (run,) = planned = [experiments.run("gipo", "Ant-v5", 11, buffer_epochs=1, kl_coef=0.1)]
+    monkeypatch.setitem(experiments.EXPERIMENTS, "ant", lambda: planned)
+    write(results / "ant.csv", [made_up(run, "", diverged=1)])
+    assert report.main() == 2
+    assert "error: ant: Ant-v5 has no row of random actions; run ./benchmark.sh random" in capsys.readouterr().err
+
+
 def test_a_page_without_the_marker_is_noticed(results):
     (results / "page.md").write_text("nothing here")
     with pytest.raises(ValueError, match="staleness"):
