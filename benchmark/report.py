@@ -242,14 +242,19 @@ def ablation() -> Texts:
     ]
     against([panel for panel in panels if panel.lines], styles, FIGURES / "ablation.png")
 
-    def compare(ours, theirs, names):
-        return verdict(*(pooled(scale, cells, line, (8, 32)) for line in (ours, theirs)), "With K = 8 or 32", names)
+    def compare(sizes, ours, theirs, names):
+        pair = (pooled(scale, cells, line, sizes) for line in (ours, theirs))
+        return verdict(*pair, f"With K = {' or '.join(map(str, sizes))}", names)
 
-    said = [
-        compare(default, ("gipo", "recompute", KL, widths[KL]), ("GIPO with V-trace", "GIPO without")),
-        compare(default, ("gipo", "vtrace", 0, widths[0]), ("GIPO with KL", "GIPO without")),
-        *(compare(default, line, ("GIPO with KL and V-trace", "PPO-clip with neither")) for line in clip),
-    ]
+    recompute, wide = ("gipo", "recompute", KL, widths[KL]), ("gipo", "vtrace", KL, "0.5")
+    said = [compare((8, 32), default, recompute, ("GIPO with V-trace", "GIPO with recompute"))]
+    for kls, sizes in itertools.product(((KL, 0), (0.03, KL), (0.03, 0)), PLACES):
+        pair = [("gipo", "vtrace", kl, widths[kl]) for kl in kls]
+        said.append(compare(sizes, *pair, [f"GIPO with KL {kl:g}" for kl in kls]))
+    for sizes in ((1,), (8,)):
+        said.append(compare(sizes, wide, default, ("GIPO with sigma 0.5", f"GIPO with sigma {widths[KL]}")))
+    for sizes, line in itertools.product(PLACES, clip):
+        said.append(compare(sizes, default, line, ("GIPO with KL and V-trace", "PPO-clip with neither")))
     columns = {k: f"K = {k}" for k in colors}
     lines = terms | sigmas | clip
     own = {key: known for key, known in cells.items() if key[0] in lines}
