@@ -39,7 +39,8 @@ from benchmark.scores import Scores
 from benchmark.scripts import ROOT
 
 FIGURES = ROOT / "docs" / "figures"
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "tables", "gipo", "llm", "rllib"))]
+DOCS = ("results", "protocol", "tables", "gipo", "llm", "rllib")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 FEW = 5  # seeds
 MEASURES = {
     "abs_logratio_p95": "p95 of abs(log r)",

@@ -37,7 +37,7 @@ def test_the_interval_covers():
 
 @pytest.mark.parametrize(("envs", "seeds", "share"), [("abc", 5, 0.08), ("abc", 3, 0.11), ("a", 3, 0.2)])
 def test_intervals_of_few_seeds_are_too_narrow(envs, seeds, share, monkeypatch):
-    """Shares of 95 % intervals of the difference of equal methods that miss 0. docs/results.md quotes them."""
+    """Shares of 95 % intervals of the difference of equal methods that miss 0. docs/protocol.md quotes them."""
     monkeypatch.setattr(scores, "RESAMPLES", 400)
     rng = np.random.default_rng(2)
     missed = 0
