@@ -32,6 +32,7 @@ from benchmark.experiments import (
     group_scores,
     tuned,
     tuning,
+    width_tuning,
     words,
 )
 from benchmark.runs import Missing, Run, rows
@@ -150,6 +151,31 @@ def pooled(scale: Scale, cells: dict, line: Hashable, sizes: Iterable) -> Scores
     return scale(*own) if all(own) else {}
 
 
+def difference(ours: Scores, theirs: Scores) -> str:
+    """The difference of two interquartile means with its interval, in bold if that lies on one side of 0."""
+    found = scores.difference_with_interval(ours, theirs)
+    text = number(found)
+    return f"**{text}**" if round(found[1], 2) > 0 or round(found[2], 2) < 0 else text
+
+
+def differences(scale: Scale, cells: dict) -> str:
+    """A table in Markdown: GIPO against each method with KL, and against PPO-clip by environment, for each K."""
+    pairs = {("gipo", KL, method, KL): f"GIPO minus {LABELS[method]}, both with KL" for method in METHODS[1:]}
+    pairs |= {("gipo", 0, "clip", 0): "GIPO minus PPO-clip, both without KL"}
+    pairs |= {("gipo", KL, "clip", 0): "GIPO with KL minus PPO-clip without KL"}
+    columns = {(1,): "K = 1", (8,): "K = 8", (32,): "K = 32", (8, 32): "K = 8 or 32"}
+    found, names = {}, {}
+    for (pair, name), sizes in itertools.product(pairs.items(), columns):
+        ours, theirs = (pooled(scale, cells, line, sizes) for line in (pair[:2], pair[2:]))
+        envs = dict.fromkeys(key.split()[0] for key in ours) if pair[2] == "clip" else {}
+        for env_id in ("", *envs):
+            own, other = ({key: x for key, x in side.items() if key.startswith(env_id)} for side in (ours, theirs))
+            names[pair, env_id] = f"{name}, {short(env_id)}" if env_id else name
+            if own and other:
+                found[(pair, env_id), sizes] = difference(own, other)
+    return cross(found, names, columns)
+
+
 def details(cells: dict[Hashable, Rows], name: Callable[[Hashable], str]) -> str:
     """A table in Markdown: for each cell the mean final return by environment, and means of MEASURES at the end.
 
@@ -172,18 +198,16 @@ def staleness() -> Texts:
         kl_panels("rollouts K in the replay buffer", found, lambda key: key[0][1]), STYLES, FIGURES / "staleness.png"
     )
     said = []
-    for (own, other), sizes in ((pair, sizes) for pair in ((KL, KL), (0, 0), (KL, 0)) for sizes in PLACES):
-        pair = [pooled(scale, cells, line, sizes) for line in (("gipo", own), ("clip", other))]
-        if own == other:
-            said.append(verdict(*pair, f"{'With' if own else 'Without'} KL and {PLACES[sizes]}"))
-        else:
-            said.append(verdict(*pair, f"With {PLACES[sizes]}", (LINES["gipo", own], LINES["clip", other])))
-    for line in ((method, KL) for method in METHODS if method not in PAIR):
-        pair = [pooled(scale, cells, own, (8, 32)) for own in (("gipo", KL), line)]
-        said.append(verdict(*pair, "With KL and K = 8 or 32", ("GIPO", LABELS[line[0]])))
+    for kl, sizes in itertools.product((KL, 0), PLACES):
+        pair = [pooled(scale, cells, (method, kl), sizes) for method in PAIR]
+        said.append(verdict(*pair, f"{'With' if kl else 'Without'} KL and {PLACES[sizes]}"))
+    for method, sizes in itertools.product(METHODS[2:], PLACES):
+        pair = [pooled(scale, cells, (own, KL), sizes) for own in ("gipo", method)]
+        said.append(verdict(*pair, f"With KL and {PLACES[sizes]}", ("GIPO", LABELS[method])))
     columns = {k: f"K = {k}" for k in (1, 8, 32)}
     texts = intervals(found)
     tables = {"staleness": cross(texts, LINES, columns), "staleness-verdict": sentences(said)}
+    tables["staleness-differences"] = differences(scale, cells)
     tables["staleness-details"] = details(cells, lambda key: f"{LINES[key[0]]}, K = {key[1]}")
     return tables | headline(scale, cells, texts, columns)
 
@@ -228,7 +252,7 @@ def ablation() -> Texts:
     sources = {"vtrace": "V-trace", "recompute": "recompute"}
     terms = {("gipo", s, kl, widths[kl]): f"GIPO, {sources[s]}, KL {kl:g}" for s in sources for kl in widths}
     sigmas = {("gipo", "vtrace", KL, f"{x:g}"): f"GIPO, V-trace, KL {KL:g}, sigma {x:g}" for x in (0.2, 0.5, 1, 2)}
-    clip = {line: "PPO-clip, recompute, no KL" for line, _ in cells if line[0] == "clip"}
+    clip = {("clip", s, 0, None): f"PPO-clip, {sources[s]}, no KL" for s in sources}
     default = ("gipo", "vtrace", KL, widths[KL])
     found = {name: scale(known) for name, known in cells.items()}
     colors = {1: "#0072B2", 8: "#D55E00", 32: "#009E73"}
@@ -248,14 +272,19 @@ def ablation() -> Texts:
         return verdict(*pair, f"With K = {' or '.join(map(str, sizes))}", names)
 
     recompute, wide = ("gipo", "recompute", KL, widths[KL]), ("gipo", "vtrace", KL, "0.5")
-    said = [compare((8, 32), default, recompute, ("GIPO with V-trace", "GIPO with recompute"))]
+    corrected, plain = clip
+    said = [
+        compare((8, 32), default, recompute, ("GIPO with V-trace", "GIPO with recompute")),
+        compare((8, 32), corrected, plain, ("PPO-clip with V-trace", "PPO-clip with recompute")),
+    ]
     for kls, sizes in itertools.product(((KL, 0), (0.03, KL), (0.03, 0)), PLACES):
         pair = [("gipo", "vtrace", kl, widths[kl]) for kl in kls]
         said.append(compare(sizes, *pair, [f"GIPO with KL {kl:g}" for kl in kls]))
     for sizes in ((1,), (8,)):
         said.append(compare(sizes, wide, default, ("GIPO with sigma 0.5", f"GIPO with sigma {widths[KL]}")))
-    for sizes, line in itertools.product(PLACES, clip):
-        said.append(compare(sizes, default, line, ("GIPO with KL and V-trace", "PPO-clip with neither")))
+    for sizes in PLACES:
+        said.append(compare(sizes, default, plain, ("GIPO with KL and V-trace", "PPO-clip with neither")))
+    said.append(compare((8, 32), recompute, plain, ("GIPO with KL and recompute", "PPO-clip with neither")))
     columns = {k: f"K = {k}" for k in colors}
     lines = terms | sigmas | clip
     own = {key: known for key, known in cells.items() if key[0] in lines}
@@ -281,7 +310,9 @@ def width() -> Texts:
         if line != "width"
     ]
     columns = {k: f"K = {k}" for k in (1, 8, 32)}
-    return {"width": cross(intervals(found), lines, columns), "width-verdict": sentences(said)}
+    tuned_widths = [[f"{x:g}", f"{score:.2f}"] for x, score in group_scores("width-tune", width_tuning()).items()]
+    tables = {"width": cross(intervals(found), lines, columns), "width-verdict": sentences(said)}
+    return tables | {"width-tune": table(["width per dimension", "score"], tuned_widths)}
 
 
 def freeze() -> Texts:

@@ -14,7 +14,14 @@ TUNINGS = {"width-tune", "rllib-tune"}  # without a section
 SCORES = {("clip", 1): 1.0, ("clip", 8): 0.3, ("clip", 32): 0.1}
 PAGE = "".join(
     f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->\nafter\n"
-    for name in ("staleness", "staleness-verdict", "staleness-details", "headline", "headline-verdict")
+    for name in (
+        "staleness",
+        "staleness-verdict",
+        "staleness-differences",
+        "staleness-details",
+        "headline",
+        "headline-verdict",
+    )
 )
 
 
@@ -143,9 +150,17 @@ def test_table_and_verdict_of_staleness(results):
         "- With KL and K = 8 or 32 GIPO beats PPO-clip ().",
         "- Without KL and K = 1 PPO-clip beats GIPO ().",
         "- Without KL and K = 8 or 32 GIPO beats PPO-clip ().",
-        "- With K = 1 PPO-clip without KL beats GIPO with KL ().",
-        "- With K = 8 or 32 GIPO with KL beats PPO-clip without KL ().",
     ]
+    differences = page.split("<!-- staleness-differences -->\n")[1]
+    for line, expected in {
+        "GIPO minus PPO-clip, both with KL": [-0.1, 0.6, 0.8, 0.7],
+        "GIPO minus PPO-clip, both without KL, Hopper": [-0.28, 0.48, 0.64, 0.56],
+        "GIPO with KL minus PPO-clip without KL": [-0.1, 0.66, 0.82, 0.74],
+    }.items():
+        found = cells(differences, line)
+        np.testing.assert_allclose([float(text.strip("*").split()[0]) for text in found], expected, atol=0.05)
+        assert all(text.startswith("**") and text.endswith(")**") for text in found)
+    assert report.difference({"a": np.array([1.0, 2.0])}, {"a": np.array([1.0, 2.0])}) == "0.00 (-1.00 to 1.00)"
 
 
 @pytest.fixture
@@ -173,7 +188,7 @@ def everything(folder, monkeypatch):
         "costs"
     }
     names = [*sections, *(f"{name}-verdict" for name in sections if name not in ("tune", "costs")), "costs-estimate"]
-    names += ["headline", "headline-verdict", "metaworld-score", "tune-details"]
+    names += ["headline", "headline-verdict", "metaworld-score", "tune-details", "staleness-differences", "width-tune"]
     names += [f"{name}-details" for name in ("staleness", "ablation", "freeze", "lag")]
     (folder / "page.md").write_text("".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in names))
     return folder
@@ -198,7 +213,10 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
             assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1 and "nan" not in text, name
     pictures = {path.stem for path in (everything / "figures").iterdir()}
     assert pictures == experiments.EXPERIMENTS.keys() - TUNINGS - {"tune", "quick"}
-    assert len(found["ablation"].splitlines()) == 2 + 8 + 4 + 1
+    assert len(found["ablation"].splitlines()) == 2 + 8 + 4 + 2
+    assert "With K = 8 or 32 GIPO with KL and recompute beats PPO-clip with neither (" in found["ablation-verdict"]
+    assert [line.split(" | ")[0] for line in found["width-tune"].splitlines()[2:]] == ["| 0.3", "| 0.5", "| 1"]
+    assert len(found["staleness-differences"].splitlines()) == 2 + 7 + 3 * 3
     assert len(cells(found["ablation"], "GIPO, V-trace, KL 0.03")) == 3
     assert len(cells(found["ablation"], "GIPO, V-trace, KL 0.1, sigma 2")) == 2  # the last is empty
     assert found["metaworld"].startswith("|  | GIPO | PPO-clip | SAPO | plain IS | random actions |")
