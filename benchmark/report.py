@@ -312,6 +312,8 @@ def width() -> Texts:
     columns = {k: f"K = {k}" for k in (1, 8, 32)}
     tuned_widths = [[f"{x:g}", f"{score:.2f}"] for x, score in group_scores("width-tune", width_tuning()).items()]
     tables = {"width": cross(intervals(found), lines, columns), "width-verdict": sentences(said)}
+    own = {key: known for key, known in cells.items() if key[0] == "width"}
+    tables["width-details"] = details(own, lambda key: f"{lines['width']}, K = {key[1]}")
     return tables | {"width-tune": table(["width per dimension", "score"], tuned_widths)}
 
 

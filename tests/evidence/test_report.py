@@ -189,7 +189,7 @@ def everything(folder, monkeypatch):
     }
     names = [*sections, *(f"{name}-verdict" for name in sections if name not in ("tune", "costs")), "costs-estimate"]
     names += ["headline", "headline-verdict", "metaworld-score", "tune-details", "staleness-differences", "width-tune"]
-    names += [f"{name}-details" for name in ("staleness", "ablation", "freeze", "lag")]
+    names += [f"{name}-details" for name in ("staleness", "ablation", "width", "freeze", "lag")]
     (folder / "page.md").write_text("".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in names))
     return folder
 
