@@ -322,12 +322,15 @@ def freeze() -> Texts:
     panels = kl_panels(STEPS_AXIS, {line: (STEPS / 1000, scale.curve(known)) for line, known in cells.items()})
     over_time(panels, STYLES, FIGURES / "freeze.png", "return: " + SCALE, mark=FREEZE_AT / 1000)
     found = {line: scale(known) for line, known in cells.items()}
-    said = [
-        verdict(found.get(("gipo", kl), {}), found.get(("clip", kl), {}), f"{where} KL")
-        for kl, where in ((KL, "With"), (0, "Without"))
-    ]
-    texts = intervals({(line, "final return"): sample for line, sample in found.items()})
-    tables = {"freeze": cross(texts, LINES), "freeze-verdict": sentences(said)}
+    said = []
+    for method, kl in found:
+        if method != "gipo" and ("gipo", kl) in found:
+            names = ("GIPO", LABELS[method])
+            said.append(verdict(found["gipo", kl], found[method, kl], "With KL" if kl else "Without KL", names))
+    both = (found.get(("gipo", kl), {}) for kl in (0, KL))
+    said.append(verdict(*both, "On the frozen buffer", ("GIPO without KL", "GIPO with KL")))
+    columns = {KL: "with KL", 0: "without KL"}
+    tables = {"freeze": cross(intervals(found), LABELS, columns), "freeze-verdict": sentences(said)}
     return tables | {"freeze-details": details(cells, LINES.get)}
 
 
