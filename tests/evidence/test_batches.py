@@ -249,9 +249,9 @@ def test_a_width_per_dimension_grows_with_the_root_of_their_number(monkeypatch):
 
 
 def test_one_run_has_one_command_in_all_experiments(untuned):
-    """V-trace with and without KL, no lag: the ablation and the lag take these from the staleness."""
+    """GIPO with and without KL, PPO-clip without, no lag: the ablation and the lag take these from the staleness."""
     plans = {name: set(experiments.EXPERIMENTS[name]()) for name in ("staleness", "ablation", "lag")}
-    assert len(plans["ablation"] & plans["staleness"]) == 2 * 3 * 3 * 5
+    assert len(plans["ablation"] & plans["staleness"]) == 3 * 3 * 3 * 10
     assert len(plans["lag"] & plans["staleness"]) == 6 * 3 * 5
 
 
