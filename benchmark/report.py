@@ -252,7 +252,8 @@ def ablation() -> Texts:
     sources = {"vtrace": "V-trace", "recompute": "recompute"}
     terms = {("gipo", s, kl, widths[kl]): f"GIPO, {sources[s]}, KL {kl:g}" for s in sources for kl in widths}
     sigmas = {("gipo", "vtrace", KL, f"{x:g}"): f"GIPO, V-trace, KL {KL:g}, sigma {x:g}" for x in (0.2, 0.5, 1, 2)}
-    clip = {("clip", s, 0, None): f"PPO-clip, {sources[s]}, no KL" for s in sources}
+    corrected, plain = ("clip", "vtrace", 0, None), ("clip", "recompute", 0, None)
+    clip = {corrected: "PPO-clip, V-trace, no KL", plain: "PPO-clip, recompute, no KL"}
     default = ("gipo", "vtrace", KL, widths[KL])
     found = {name: scale(known) for name, known in cells.items()}
     colors = {1: "#0072B2", 8: "#D55E00", 32: "#009E73"}
@@ -272,7 +273,6 @@ def ablation() -> Texts:
         return verdict(*pair, f"With K = {' or '.join(map(str, sizes))}", names)
 
     recompute, wide = ("gipo", "recompute", KL, widths[KL]), ("gipo", "vtrace", KL, "0.5")
-    corrected, plain = clip
     said = [
         compare((8, 32), default, recompute, ("GIPO with V-trace", "GIPO with recompute")),
         compare((8, 32), corrected, plain, ("PPO-clip with V-trace", "PPO-clip with recompute")),
