@@ -163,6 +163,18 @@ def test_table_and_verdict_of_staleness(results):
     assert report.difference({"a": np.array([1.0, 2.0])}, {"a": np.array([1.0, 2.0])}) == "0.00 (-1.00 to 1.00)"
 
 
+def test_differences_by_environment():
+    samples = {
+        "gipo": {"Hopper-v5 0": np.ones(2), "Ant-v5 0": np.full(2, 5.0)},
+        "clip": {"Hopper-v5 0": np.zeros(2), "Ant-v5 0": np.zeros(2)},
+    }
+    known = {(("gipo", 0), 1): "gipo", (("clip", 0), 1): "clip"}
+    page = report.differences(lambda method: samples[method], known)
+    for env, value in (("Hopper", "1.00"), ("Ant", "5.00")):
+        found = cells(page, f"GIPO minus PPO-clip, both without KL, {env}")
+        assert found[0] == f"**{value} ({value} to {value})**"
+
+
 @pytest.fixture
 def everything(folder, monkeypatch):
     """Rows of every experiment, as if the first candidate of each method were the best, and random actions."""
