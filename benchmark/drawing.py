@@ -1,5 +1,7 @@
 """Common parts of the figures. Each method has one line style, and the same numbers give the same bytes."""
 
+import itertools
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +35,22 @@ class Panel:
 
 
 def figure(draw, panels: list[Panel], styles: dict, path: Path, ylabel: str, sharey: bool = False):
-    """Panels side by side with a common legend. The PNG omits the library's version, which would change its bytes."""
-    made = plt.figure(figsize=(4 * len(panels) + 2, 3.8), layout="constrained")
+    """Panels with a common legend, three a row. The PNG omits the library's version, which would change its bytes."""
+    columns = min(len(panels), 3)
+    lines = math.ceil(len(panels) / columns)
+    made = plt.figure(figsize=(4 * columns + 2, 3.8 * lines), layout="constrained")
     shown = {}
-    row = made.subplots(1, len(panels), squeeze=False, sharey=sharey)[0]
-    for axes, panel in zip(row, panels):
+    places = made.subplots(lines, columns, squeeze=False, sharey=sharey)
+    for axes, panel in itertools.zip_longest(places.flat, panels):
+        if panel is None:
+            axes.remove()
+            continue
         shown |= draw(axes, panel.lines, styles)
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel(panel.xlabel, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
-    row[0].set_ylabel(ylabel, fontsize=9)
+    for axes in places[:, 0]:
+        axes.set_ylabel(ylabel, fontsize=9)
     made.legend(shown.values(), shown.keys(), loc="outside right center", frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     made.savefig(path, dpi=120, metadata={"Software": None})

@@ -339,8 +339,10 @@ def lag() -> Texts:
     found = {key: scale(known) for key, known in cells.items()}
     against(kl_panels("policy lag L, iterations", found, lambda key: key[0][1]), STYLES, FIGURES / "lag.png")
     columns = {n: f"L = {n}" for n in sorted({n for _, n in found})}
-    pairs = {name: [found.get(((m, KL), n), {}) for m in ("gipo", "clip")] for n, name in columns.items()}
-    said = [verdict(*pair, f"With {name}") for name, pair in pairs.items()]
+    said = []
+    for (n, name), method in itertools.product(columns.items(), METHODS[1:]):
+        pair = [found.get(((own, KL), n), {}) for own in ("gipo", method)]
+        said.append(verdict(*pair, f"With {name}", ("GIPO", LABELS[method])))
     texts = {"lag": cross(intervals(found), LINES, columns), "lag-verdict": sentences(said)}
     return texts | {"lag-details": details(cells, lambda key: f"{LINES[key[0]]}, L = {key[1]}")}
 
