@@ -288,7 +288,10 @@ def ablation() -> Texts:
     columns = {k: f"K = {k}" for k in colors}
     lines = terms | sigmas | clip
     own = {key: known for key, known in cells.items() if key[0] in lines}
-    texts = {"ablation": cross(intervals(found), lines, columns), "ablation-verdict": sentences(said)}
+    shown = {line: name for line, name in terms.items() if line[1] == "vtrace"} | clip
+    others = {line: name for line, name in lines.items() if line not in shown}
+    texts = {"ablation": cross(intervals(found), shown, columns), "ablation-verdict": sentences(said)}
+    texts |= {"ablation-others": cross(intervals(found), others, columns)}
     return texts | {"ablation-details": details(own, lambda key: f"{lines[key[0]]}, K = {key[1]}")}
 
 

@@ -201,6 +201,7 @@ def everything(folder, monkeypatch):
     }
     names = [*sections, *(f"{name}-verdict" for name in sections if name not in ("tune", "costs")), "costs-estimate"]
     names += ["headline", "headline-verdict", "metaworld-score", "tune-details", "staleness-differences", "width-tune"]
+    names += ["ablation-others"]
     names += [f"{name}-details" for name in ("staleness", "ablation", "width", "freeze", "lag")]
     (folder / "page.md").write_text("".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in names))
     return folder
@@ -225,12 +226,13 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
             assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1 and "nan" not in text, name
     pictures = {path.stem for path in (everything / "figures").iterdir()}
     assert pictures == experiments.EXPERIMENTS.keys() - TUNINGS - {"tune", "quick"}
-    assert len(found["ablation"].splitlines()) == 2 + 8 + 4 + 2
+    assert len(found["ablation"].splitlines()) == 2 + 4 + 2
+    assert len(found["ablation-others"].splitlines()) == 2 + 4 + 4
     assert "With K = 8 or 32 GIPO with KL and recompute beats PPO-clip with neither (" in found["ablation-verdict"]
     assert [line.split(" | ")[0] for line in found["width-tune"].splitlines()[2:]] == ["| 0.3", "| 0.5", "| 1"]
     assert len(found["staleness-differences"].splitlines()) == 2 + 7 + 3 * 3
     assert len(cells(found["ablation"], "GIPO, V-trace, KL 0.03")) == 3
-    assert len(cells(found["ablation"], "GIPO, V-trace, KL 0.1, sigma 2")) == 2  # the last is empty
+    assert len(cells(found["ablation-others"], "GIPO, V-trace, KL 0.1, sigma 2")) == 2  # the last is empty
     assert found["metaworld"].startswith("|  | GIPO | PPO-clip | SAPO | plain IS | random actions |")
     assert len(found["metaworld"].splitlines()) == 2 + 7 and cells(found["metaworld"], "reach, K = 2000")[-1] == "0.25"
     assert "With K = 40 GIPO beats PPO-clip (0.60 against 0.50" in found["metaworld-verdict"]
