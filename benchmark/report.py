@@ -407,13 +407,18 @@ def draw_raw(cells: dict[tuple[str, str, str], Rows], path: Path, ylabel: str, l
     over_time(list(panels.values()), styles, path, ylabel)
 
 
-def raw_verdict(cells, column: str, digits: int = 2, pool: bool = False, names=("GIPO", "PPO-clip")) -> str:
-    """GIPO against PPO-clip in each place. `pool` joins the environments, if a column means the same in all of them."""
+def raw_verdict(cells, column: str, digits: int = 2, pool: bool = False, labels: dict[str, str] = LABELS) -> str:
+    """GIPO against each method in each place. `pool` joins the environments, if a column means the same in all."""
     random, found = evidence.zeros(column), defaultdict(lambda: defaultdict(dict))
     for (method, env_id, name), known in cells.items():
         place = f"With {name}" if pool else f"{short(env_id)}, {name}:"
         found[place][method] |= evidence.values(known, column, random)
-    return sentences(verdict(by["gipo"], by["clip"], place, names, digits) for place, by in found.items())
+    return sentences(
+        verdict(by["gipo"], by[method], place, (labels["gipo"], labels[method]), digits)
+        for place, by in found.items()
+        for method in labels
+        if method != "gipo" and method in by
+    )
 
 
 def raw(experiment: str, column: str = "final_return", digits: int = 0, labels: dict[str, str] = LABELS) -> Texts:
@@ -425,12 +430,12 @@ def raw(experiment: str, column: str = "final_return", digits: int = 0, labels: 
     texts = {((env_id, name), m): text for (m, env_id, name), text in intervals(samples, digits).items()}
     texts |= {(place, "random"): f"{random[place[0]]:.{digits}f}" for place in places if place[0] in random}
     columns = {m: label for m, label in labels.items() if any(m == method for _, method in texts)}
-    said = raw_verdict(cells, column, digits, column == "final_success", (labels["gipo"], labels["clip"]))
+    said = raw_verdict(cells, column, digits, column == "final_success", labels)
     return {experiment: cross(texts, places, columns), f"{experiment}-verdict": said}
 
 
 def ant() -> Texts:
-    return raw("ant")
+    return raw("ant") | {"ant-details": details(raw_cells("ant"), lambda key: f"{LABELS[key[0]]}, {key[2]}")}
 
 
 def metaworld() -> Texts:

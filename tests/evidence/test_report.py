@@ -202,7 +202,7 @@ def everything(folder, monkeypatch):
     names = [*sections, *(f"{name}-verdict" for name in sections if name not in ("tune", "costs")), "costs-estimate"]
     names += ["headline", "headline-verdict", "metaworld-score", "tune-details", "staleness-differences", "width-tune"]
     names += ["ablation-others"]
-    names += [f"{name}-details" for name in ("staleness", "ablation", "width", "freeze", "lag")]
+    names += [f"{name}-details" for name in ("staleness", "ablation", "width", "freeze", "lag", "ant")]
     (folder / "page.md").write_text("".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in names))
     return folder
 
@@ -236,6 +236,7 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     assert found["metaworld"].startswith("|  | GIPO | PPO-clip | SAPO | plain IS | random actions |")
     assert len(found["metaworld"].splitlines()) == 2 + 7 and cells(found["metaworld"], "reach, K = 2000")[-1] == "0.25"
     assert "With K = 40 GIPO beats PPO-clip (0.60 against 0.50" in found["metaworld-verdict"]
+    assert "With K = 40 GIPO beats SAPO (0.60 against 0.45" in found["metaworld-verdict"]
     assert "With K = 2000" in found["metaworld-verdict"] and "3 seeds only" in found["metaworld-verdict"]
     assert "Pong, K = 8: GIPO beats PPO-clip (" in found["atari-verdict"]
     assert "Pendulum, reuse 8: GIPO beats APPO's clip (" in found["rllib-verdict"]
@@ -251,6 +252,7 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     assert len(cells(found["metaworld-score"], "GIPO")) == 2
     assert len(found["freeze-details"].splitlines()) == 2 + 8
     assert cells(found["freeze-details"], "GIPO with KL")[3:] == ["0.5"] * 5 + ["0"]
+    assert len(found["ant-details"].splitlines()) == 2 + 6
 
 
 def test_what_has_no_rows_is_left_as_it_is(everything, monkeypatch):
