@@ -46,13 +46,18 @@ def kl_of(run: Run) -> float:
     return float(run.value("--kl-coef"))
 
 
+def stand_in(row: dict, diverged: dict[str, float]) -> float:
+    """What a run that diverged counts as: the value of `diverged` for its environment."""
+    if row["env_id"] not in diverged:
+        raise Missing(f"{row['env_id']} has no row of random actions; run ./benchmark.sh random first.")
+    return diverged[row["env_id"]]
+
+
 def values(known: Iterable[dict], column: str, diverged: dict[str, float]) -> Scores:
     """A column by environment. A run that diverged counts as `diverged` of its environment."""
     found = defaultdict(list)
     for row in known:
-        if row["diverged"] == "1" and row["env_id"] not in diverged:
-            raise Missing(f"{row['env_id']} has no row of random actions; run ./benchmark.sh random first.")
-        found[row["env_id"]].append(diverged[row["env_id"]] if row["diverged"] == "1" else float(row[column]))
+        found[row["env_id"]].append(stand_in(row, diverged) if row["diverged"] == "1" else float(row[column]))
     return {env_id: np.array(x) for env_id, x in found.items()}
 
 
@@ -92,7 +97,7 @@ def curves(known: Rows, diverged: dict[str, float]) -> np.ndarray:
 
     def curve(row):
         lost = row["diverged"] == "1"
-        return [diverged[row["env_id"]]] * CURVE_POINTS if lost else [float(value) for value in row["curve"].split()]
+        return [stand_in(row, diverged)] * CURVE_POINTS if lost else [float(value) for value in row["curve"].split()]
 
     return np.array([curve(row) for row in known])
 

@@ -12,7 +12,7 @@ import matplotlib
 import tyro
 
 from benchmark import experiments
-from benchmark.report import draw_raw, raw_cells, raw_verdict
+from benchmark.report import by_place, draw_raw, raw_cells, raw_verdict
 from benchmark.runs import WORK
 
 
@@ -30,7 +30,7 @@ def main(dry_run: bool = False) -> int:
     draw_raw(cells, WORK / "quick.png", "return")
     for env_id, digits in zip(experiments.QUICK, (0, 2)):
         own = {key: known for key, known in cells.items() if key[1] == env_id}
-        print(raw_verdict(own, "final_return", digits))
+        print(raw_verdict(by_place(own, "final_return", pool=False), digits))
     print(f"learning curves: {WORK / 'quick.png'}")
     return 0
 

@@ -407,31 +407,63 @@ def draw_raw(cells: dict[tuple[str, str, str], Rows], path: Path, ylabel: str, l
     over_time(list(panels.values()), styles, path, ylabel)
 
 
-def raw_verdict(cells, column: str, digits: int = 2, pool: bool = False, labels: dict[str, str] = LABELS) -> str:
-    """GIPO against each method in each place. `pool` joins the environments, if a column means the same in all."""
+def by_place(cells: dict, column: str, pool: bool) -> dict[str, dict[str, Scores]]:
+    """A column by place and method. A place is an environment and a variant.
+
+    With `pool` it is a variant, and a sample has all environments in which every method has its runs.
+    """
     random, found = evidence.zeros(column), defaultdict(lambda: defaultdict(dict))
     for (method, env_id, name), known in cells.items():
-        place = f"With {name}" if pool else f"{short(env_id)}, {name}:"
+        place = name if pool else f"{short(env_id)}, {name}"
         found[place][method] |= evidence.values(known, column, random)
+    for by in found.values():
+        common = set.intersection(*map(set, by.values()))
+        for method, sample in by.items():
+            by[method] = {env_id: x for env_id, x in sample.items() if env_id in common}
+    return {place: by for place, by in found.items() if all(by.values())}
+
+
+def raw_table(found: dict[str, dict[str, Scores]], column: str, digits: int, labels: dict[str, str] = LABELS) -> str:
+    """A table in Markdown: a line for each place, a column for each method, and random actions."""
+    random, texts = evidence.zeros(column), {}
+    for place, by in found.items():
+        texts |= {(place, method): text for method, text in intervals(by, digits).items()}
+        envs = next(iter(by.values()))
+        if envs.keys() <= random.keys():
+            texts[place, "random"] = f"{np.mean([random[env_id] for env_id in envs]):.{digits}f}"
+    columns = {m: label for m, label in labels.items() if any(m == method for _, method in texts)}
+    return cross(texts, {place: place for place in found}, columns)
+
+
+def raw_verdict(found: dict[str, dict[str, Scores]], digits: int, labels: dict[str, str] = LABELS) -> str:
+    """GIPO against each method in each place."""
     return sentences(
-        verdict(by["gipo"], by[method], place, (labels["gipo"], labels[method]), digits)
+        verdict(by["gipo"], by[method], f"{place}:", (labels["gipo"], labels[method]), digits)
         for place, by in found.items()
         for method in labels
         if method != "gipo" and method in by
     )
 
 
-def raw(experiment: str, column: str = "final_return", digits: int = 0, labels: dict[str, str] = LABELS) -> Texts:
-    """Figure, table and verdict of returns or successes without scaling, next to random actions."""
-    cells, random = raw_cells(experiment), evidence.zeros(column)
-    samples = {key: evidence.values(known, column, random) for key, known in cells.items()}
+def raw(experiment: str, digits: int = 0, labels: dict[str, str] = LABELS) -> Texts:
+    """Figure, table and verdict of returns without scaling, next to random actions."""
+    cells = raw_cells(experiment)
     draw_raw(cells, FIGURES / f"{experiment}.png", "return", labels)
-    places = {(env_id, name): f"{short(env_id)}, {name}" for _, env_id, name in cells}
-    texts = {((env_id, name), m): text for (m, env_id, name), text in intervals(samples, digits).items()}
-    texts |= {(place, "random"): f"{random[place[0]]:.{digits}f}" for place in places if place[0] in random}
-    columns = {m: label for m, label in labels.items() if any(m == method for _, method in texts)}
-    said = raw_verdict(cells, column, digits, column == "final_success", labels)
-    return {experiment: cross(texts, places, columns), f"{experiment}-verdict": said}
+    found = by_place(cells, "final_return", pool=False)
+    table = raw_table(found, "final_return", digits, labels)
+    return {experiment: table, f"{experiment}-verdict": raw_verdict(found, digits, labels)}
+
+
+def successes(experiment: str) -> Texts:
+    """Figure of returns; tables and verdict of the share of episodes with success, in all environments and in each."""
+    cells = raw_cells(experiment)
+    draw_raw(cells, FIGURES / f"{experiment}.png", "return")
+    joined, single = (by_place(cells, "final_success", pool) for pool in (True, False))
+    return {
+        experiment: raw_table(joined, "final_success", 2),
+        f"{experiment}-verdict": raw_verdict(joined, 2),
+        f"{experiment}-details": raw_table(single, "final_success", 2),
+    }
 
 
 def ant() -> Texts:
@@ -440,24 +472,17 @@ def ant() -> Texts:
 
 def metaworld() -> Texts:
     """Success, and the score that the paper probably has: 0 is the worst return of all methods and 1 the best."""
-    cells, random, found = raw_cells("metaworld"), evidence.zeros(), {}
-    for name in dict.fromkeys(name for *_, name in cells):
-        own = {
-            (m, env): evidence.values(known, "final_return", random)[env]
-            for (m, env, n), known in cells.items()
-            if n == name
-        }
-        every = {env: np.concatenate([x for (_, other), x in own.items() if other == env]) for _, env in own}
-        low, high = ({env: pick(x) for env, x in every.items()} for pick in (min, max))
-        for method in dict.fromkeys(m for m, _ in own):
-            sample = {env: x for (m, env), x in own.items() if m == method}
-            found[method, name] = scores.normalize(sample, low, high)
+    found = {}
+    for name, by in by_place(raw_cells("metaworld"), "final_return", pool=True).items():
+        every = {env_id: np.concatenate([sample[env_id] for sample in by.values()]) for env_id in by["gipo"]}
+        low, high = ({env_id: pick(x) for env_id, x in every.items()} for pick in (min, max))
+        found |= {(method, name): scores.normalize(sample, low, high) for method, sample in by.items()}
     methods = {m: LABELS[m] for m, _ in found}
-    return raw("metaworld", "final_success", 2) | {"metaworld-score": cross(intervals(found), methods)}
+    return successes("metaworld") | {"metaworld-score": cross(intervals(found), methods)}
 
 
 def minigrid() -> Texts:
-    return raw("minigrid", "final_success", 2)
+    return successes("minigrid")
 
 
 def atari() -> Texts:

@@ -175,6 +175,22 @@ def test_differences_by_environment():
         assert found[0] == f"**{value} ({value} to {value})**"
 
 
+def test_methods_share_the_environments_of_a_pooled_cell(folder):
+    """GIPO has one more environment here, in which it would be worse."""
+    write(folder / "random.csv", [{"env_id": env, "final_success": x} for env, x in (("a", 0.25), ("b", 0.75))])
+    known = {("gipo", "a"): 0.5, ("gipo", "b"): 0.0, ("clip", "a"): 0.25}
+    rows = {
+        (method, env_id, "K = 1"): [{"env_id": env_id, "diverged": "0", "final_success": x}] * 3
+        for (method, env_id), x in known.items()
+    }
+    for pool, places in ((True, ["K = 1"]), (False, ["a, K = 1", "b, K = 1"])):
+        found = report.by_place(rows, "final_success", pool)
+        assert list(found) == places
+        page = report.raw_table(found, "final_success", 2)
+        assert cells(page, places[0]) == ["0.50 (0.50 to 0.50)", "0.25 (0.25 to 0.25)", "0.25"]
+        assert report.raw_verdict(found, 2).startswith(f"- {places[0]}: GIPO beats PPO-clip (0.50 against 0.25")
+
+
 @pytest.fixture
 def everything(folder, monkeypatch):
     """Rows of every experiment, as if the first candidate of each method were the best, and random actions."""
@@ -201,8 +217,8 @@ def everything(folder, monkeypatch):
     }
     names = [*sections, *(f"{name}-verdict" for name in sections if name not in ("tune", "costs")), "costs-estimate"]
     names += ["headline", "headline-verdict", "metaworld-score", "tune-details", "staleness-differences", "width-tune"]
-    names += ["ablation-others"]
-    names += [f"{name}-details" for name in ("staleness", "ablation", "width", "freeze", "lag", "ant")]
+    detailed = ("staleness", "ablation", "width", "freeze", "lag", "ant", "metaworld", "minigrid")
+    names += ["ablation-others", *(f"{name}-details" for name in detailed)]
     (folder / "page.md").write_text("".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in names))
     return folder
 
@@ -234,10 +250,13 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     assert len(cells(found["ablation"], "GIPO, V-trace, KL 0.03")) == 3
     assert len(cells(found["ablation-others"], "GIPO, V-trace, KL 0.1, sigma 2")) == 2  # the last is empty
     assert found["metaworld"].startswith("|  | GIPO | PPO-clip | SAPO | plain IS | random actions |")
-    assert len(found["metaworld"].splitlines()) == 2 + 7 and cells(found["metaworld"], "reach, K = 2000")[-1] == "0.25"
-    assert "With K = 40 GIPO beats PPO-clip (0.60 against 0.50" in found["metaworld-verdict"]
-    assert "With K = 40 GIPO beats SAPO (0.60 against 0.45" in found["metaworld-verdict"]
-    assert "With K = 2000" in found["metaworld-verdict"] and "3 seeds only" in found["metaworld-verdict"]
+    assert len(found["metaworld"].splitlines()) == 2 + 2 and cells(found["metaworld"], "K = 2000")[-1] == "0.25"
+    assert len(found["metaworld-details"].splitlines()) == 2 + 7
+    assert cells(found["metaworld-details"], "reach, K = 2000")[-1] == "0.25"
+    assert "K = 40: GIPO beats PPO-clip (0.60 against 0.50" in found["metaworld-verdict"]
+    assert "K = 40: GIPO beats SAPO (0.60 against 0.45" in found["metaworld-verdict"]
+    assert "K = 2000: GIPO" in found["metaworld-verdict"] and "3 seeds only" in found["metaworld-verdict"]
+    assert len(found["minigrid"].splitlines()) == 2 + 3 and len(found["minigrid-details"].splitlines()) == 2 + 9
     assert "Pong, K = 8: GIPO beats PPO-clip (" in found["atari-verdict"]
     assert "Pendulum, reuse 8: GIPO beats APPO's clip (" in found["rllib-verdict"]
     assert cells(found["peers"], "SAC of Stable-Baselines3")[1] == "2"
