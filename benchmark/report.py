@@ -277,7 +277,7 @@ def ablation() -> Texts:
         compare((8, 32), default, recompute, ("GIPO with V-trace", "GIPO with recompute")),
         compare((8, 32), corrected, plain, ("PPO-clip with V-trace", "PPO-clip with recompute")),
     ]
-    for kls, sizes in itertools.product(((KL, 0), (0.03, KL), (0.03, 0)), PLACES):
+    for kls, sizes in itertools.product(((KL, 0), (0.03, KL), (0.03, 0)), ((1,), (8,), (32,), (8, 32))):
         pair = [("gipo", "vtrace", kl, widths[kl]) for kl in kls]
         said.append(compare(sizes, *pair, [f"GIPO with KL {kl:g}" for kl in kls]))
     for sizes in ((1,), (8,)):
@@ -285,13 +285,20 @@ def ablation() -> Texts:
     for sizes in PLACES:
         said.append(compare(sizes, default, plain, ("GIPO with KL and V-trace", "PPO-clip with neither")))
     said.append(compare((8, 32), recompute, plain, ("GIPO with KL and recompute", "PPO-clip with neither")))
+    neither, small = ("gipo", "recompute", 0, widths[0]), ("gipo", "vtrace", 0.03, widths[0.03])
+    said.append(compare((8, 32), neither, plain, ("GIPO with neither", "PPO-clip with neither")))
+    said.append(compare((8, 32), recompute, corrected, ("GIPO with KL and recompute", "PPO-clip with V-trace")))
+    others = complete("staleness", by_flag("--buffer-epochs"))
+    for line in (("sapo", KL), ("tis", KL)):
+        pair = pooled(scale, cells, small, (8, 32)), pooled(scale, others, line, (8, 32))
+        said.append(verdict(*pair, "With K = 8 or 32", ("GIPO with KL 0.03", with_kl(line))))
     columns = {k: f"K = {k}" for k in colors}
     lines = terms | sigmas | clip
     own = {key: known for key, known in cells.items() if key[0] in lines}
     shown = {line: name for line, name in terms.items() if line[1] == "vtrace"} | clip
-    others = {line: name for line, name in lines.items() if line not in shown}
+    rest = {line: name for line, name in lines.items() if line not in shown}
     texts = {"ablation": cross(intervals(found), shown, columns), "ablation-verdict": sentences(said)}
-    texts |= {"ablation-others": cross(intervals(found), others, columns)}
+    texts |= {"ablation-others": cross(intervals(found), rest, columns)}
     return texts | {"ablation-details": details(own, lambda key: f"{lines[key[0]]}, K = {key[1]}")}
 
 
@@ -423,16 +430,21 @@ def by_place(cells: dict, column: str, pool: bool) -> dict[str, dict[str, Scores
     return {place: by for place, by in found.items() if all(by.values())}
 
 
-def raw_table(found: dict[str, dict[str, Scores]], column: str, digits: int, labels: dict[str, str] = LABELS) -> str:
-    """A table in Markdown: a line for each place, a column for each method, and random actions."""
+def raw_texts(found: dict[str, dict[str, Scores]], column: str, digits: int) -> dict[tuple[str, str], str]:
+    """The cells of a table by place and method, with random actions as another method."""
     random, texts = evidence.zeros(column), {}
     for place, by in found.items():
         texts |= {(place, method): text for method, text in intervals(by, digits).items()}
         envs = next(iter(by.values()))
         if envs.keys() <= random.keys():
             texts[place, "random"] = f"{np.mean([random[env_id] for env_id in envs]):.{digits}f}"
+    return texts
+
+
+def raw_table(texts: dict[tuple[str, str], str], labels: dict[str, str] = LABELS) -> str:
+    """A table in Markdown: a line for each place and a column for each method."""
     columns = {m: label for m, label in labels.items() if any(m == method for _, method in texts)}
-    return cross(texts, {place: place for place in found}, columns)
+    return cross(texts, {place: place for place, _ in texts}, columns)
 
 
 def raw_verdict(found: dict[str, dict[str, Scores]], digits: int, labels: dict[str, str] = LABELS) -> str:
@@ -450,7 +462,7 @@ def raw(experiment: str, digits: int = 0, labels: dict[str, str] = LABELS) -> Te
     cells = raw_cells(experiment)
     draw_raw(cells, FIGURES / f"{experiment}.png", "return", labels)
     found = by_place(cells, "final_return", pool=False)
-    table = raw_table(found, "final_return", digits, labels)
+    table = raw_table(raw_texts(found, "final_return", digits), labels)
     return {experiment: table, f"{experiment}-verdict": raw_verdict(found, digits, labels)}
 
 
@@ -460,25 +472,30 @@ def successes(experiment: str) -> Texts:
     draw_raw(cells, FIGURES / f"{experiment}.png", "return")
     joined, single = (by_place(cells, "final_success", pool) for pool in (True, False))
     return {
-        experiment: raw_table(joined, "final_success", 2),
+        experiment: raw_table(raw_texts(joined, "final_success", 2)),
         f"{experiment}-verdict": raw_verdict(joined, 2),
-        f"{experiment}-details": raw_table(single, "final_success", 2),
+        f"{experiment}-details": raw_table(raw_texts(single, "final_success", 2)),
     }
 
 
 def ant() -> Texts:
-    return raw("ant") | {"ant-details": details(raw_cells("ant"), lambda key: f"{LABELS[key[0]]}, {key[2]}")}
+    texts, found = raw("ant"), by_place(raw_cells("ant"), "final_return", pool=False)
+    own, other = (found.get(f"Ant, K = {k}", {}).get(method, {}) for method, k in (("gipo", 8), ("clip", 1)))
+    texts["ant-verdict"] += "\n" + verdict(own, other, "- Ant:", ("GIPO with K = 8", "PPO-clip with K = 1"), digits=0)
+    return texts | {"ant-details": details(raw_cells("ant"), lambda key: f"{LABELS[key[0]]}, {key[2]}")}
 
 
 def metaworld() -> Texts:
     """Success, and the score that the paper probably has: 0 is the worst return of all methods and 1 the best."""
-    found = {}
-    for name, by in by_place(raw_cells("metaworld"), "final_return", pool=True).items():
+    texts, cells = successes("metaworld"), raw_cells("metaworld")
+    known = raw_texts(by_place(cells, "final_success", pool=True), "final_success", 2)
+    shown = {(f"{place}, success", method): text for (place, method), text in known.items()}
+    for place, by in by_place(cells, "final_return", pool=True).items():
         every = {env_id: np.concatenate([sample[env_id] for sample in by.values()]) for env_id in by["gipo"]}
         low, high = ({env_id: pick(x) for env_id, x in every.items()} for pick in (min, max))
-        found |= {(method, name): scores.normalize(sample, low, high) for method, sample in by.items()}
-    methods = {m: LABELS[m] for m, _ in found}
-    return successes("metaworld") | {"metaworld-score": cross(intervals(found), methods)}
+        scaled = {method: scores.normalize(sample, low, high) for method, sample in by.items()}
+        shown |= {(f"{place}, score", method): text for method, text in intervals(scaled).items()}
+    return texts | {"metaworld": raw_table(shown)}
 
 
 def minigrid() -> Texts:
