@@ -206,7 +206,9 @@ def staleness() -> Texts:
         said.append(verdict(*pair, f"With KL and {PLACES[sizes]}", ("GIPO", LABELS[method])))
     columns = {k: f"K = {k}" for k in (1, 8, 32)}
     texts = intervals(found)
-    tables = {"staleness": cross(texts, LINES, columns), "staleness-verdict": sentences(said)}
+    shown = {line: name for line, name in LINES.items() if line[1] or line[0] in PAIR}
+    tables = {"staleness": cross(texts, shown, columns), "staleness-verdict": sentences(said)}
+    tables["staleness-others"] = cross(texts, {x: name for x, name in LINES.items() if x not in shown}, columns)
     tables["staleness-differences"] = differences(scale, cells)
     tables["staleness-details"] = details(cells, lambda key: f"{LINES[key[0]]}, K = {key[1]}")
     return tables | headline(scale, cells, texts, columns)
@@ -473,7 +475,7 @@ def successes(experiment: str) -> Texts:
     joined, single = (by_place(cells, "final_success", pool) for pool in (True, False))
     return {
         experiment: raw_table(raw_texts(joined, "final_success", 2)),
-        f"{experiment}-verdict": raw_verdict(joined, 2),
+        f"{experiment}-verdict": raw_verdict(joined | single, 2),
         f"{experiment}-details": raw_table(raw_texts(single, "final_success", 2)),
     }
 

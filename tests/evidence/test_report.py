@@ -17,6 +17,7 @@ PAGE = "".join(
     for name in (
         "staleness",
         "staleness-verdict",
+        "staleness-others",
         "staleness-differences",
         "staleness-details",
         "headline",
@@ -218,7 +219,7 @@ def everything(folder, monkeypatch):
     names = [*sections, *(f"{name}-verdict" for name in sections if name not in ("tune", "costs")), "costs-estimate"]
     names += ["headline", "headline-verdict", "tune-details", "staleness-differences", "width-tune"]
     detailed = ("staleness", "ablation", "width", "freeze", "lag", "ant", "metaworld", "minigrid")
-    names += ["ablation-others", *(f"{name}-details" for name in detailed)]
+    names += ["staleness-others", "ablation-others", *(f"{name}-details" for name in detailed)]
     (folder / "page.md").write_text("".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in names))
     return folder
 
@@ -243,6 +244,7 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     pictures = {path.stem for path in (everything / "figures").iterdir()}
     assert pictures == experiments.EXPERIMENTS.keys() - TUNINGS - {"tune", "quick"}
     assert len(found["ablation"].splitlines()) == 2 + 4 + 2
+    assert len(found["staleness"].splitlines()) == 2 + 6 + 2 and len(found["staleness-others"].splitlines()) == 2 + 4
     assert len(found["ablation-others"].splitlines()) == 2 + 4 + 4
     assert "With K = 8 or 32 GIPO with KL and recompute beats PPO-clip with neither (" in found["ablation-verdict"]
     assert [line.split(" | ")[0] for line in found["width-tune"].splitlines()[2:]] == ["| 0.3", "| 0.5", "| 1"]
@@ -256,6 +258,7 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     assert cells(found["metaworld-details"], "reach, K = 2000")[-1] == "0.25"
     assert "K = 40: GIPO beats PPO-clip (0.60 against 0.50" in found["metaworld-verdict"]
     assert "K = 40: GIPO beats SAPO (0.60 against 0.45" in found["metaworld-verdict"]
+    assert "- reach, K = 40: GIPO beats plain IS (" in found["metaworld-verdict"]
     assert "K = 2000: GIPO" in found["metaworld-verdict"] and "3 seeds only" in found["metaworld-verdict"]
     assert len(found["minigrid"].splitlines()) == 2 + 3 and len(found["minigrid-details"].splitlines()) == 2 + 9
     assert "Pong, K = 8: GIPO beats PPO-clip (" in found["atari-verdict"]
