@@ -275,10 +275,9 @@ def ablation() -> Texts:
         return verdict(*pair, f"With K = {' or '.join(map(str, sizes))}", names)
 
     recompute, wide = ("gipo", "recompute", KL, widths[KL]), ("gipo", "vtrace", KL, "0.5")
-    said = [
-        compare((8, 32), default, recompute, ("GIPO with V-trace", "GIPO with recompute")),
-        compare((8, 32), corrected, plain, ("PPO-clip with V-trace", "PPO-clip with recompute")),
-    ]
+    names = "GIPO with V-trace", "GIPO with recompute"
+    said = [compare(sizes, default, recompute, names) for sizes in ((8,), (32,), (8, 32))]
+    said.append(compare((8, 32), corrected, plain, ("PPO-clip with V-trace", "PPO-clip with recompute")))
     for kls, sizes in itertools.product(((KL, 0), (0.03, KL), (0.03, 0)), ((1,), (8,), (32,), (8, 32))):
         pair = [("gipo", "vtrace", kl, widths[kl]) for kl in kls]
         said.append(compare(sizes, *pair, [f"GIPO with KL {kl:g}" for kl in kls]))
