@@ -35,8 +35,8 @@ class Panel:
 
 
 def figure(draw, panels: list[Panel], styles: dict, path: Path, ylabel: str, sharey: bool = False):
-    """Panels with a common legend, three a row. The PNG omits the library's version, which would change its bytes."""
-    columns = min(len(panels), 3)
+    """Panels with a common legend, two a row. The PNG omits the library's version, which would change its bytes."""
+    columns = min(len(panels), 2)
     lines = math.ceil(len(panels) / columns)
     made = plt.figure(figsize=(4 * columns + 2, 3.8 * lines), layout="constrained")
     shown = {}
