@@ -428,7 +428,7 @@ def by_place(cells: dict, column: str, pool: bool) -> dict[str, dict[str, Scores
         common = set.intersection(*map(set, by.values()))
         for method, sample in by.items():
             by[method] = {env_id: x for env_id, x in sample.items() if env_id in common}
-    return {place: by for place, by in found.items() if all(by.values())}
+    return {place: dict(by) for place, by in found.items() if all(by.values())}
 
 
 def raw_texts(found: dict[str, dict[str, Scores]], column: str, digits: int) -> dict[tuple[str, str], str]:
@@ -451,7 +451,7 @@ def raw_table(texts: dict[tuple[str, str], str], labels: dict[str, str] = LABELS
 def raw_verdict(found: dict[str, dict[str, Scores]], digits: int, labels: dict[str, str] = LABELS) -> str:
     """GIPO against each method in each place."""
     return sentences(
-        verdict(by["gipo"], by[method], f"{place}:", (labels["gipo"], labels[method]), digits)
+        verdict(by.get("gipo", {}), by[method], f"{place}:", (labels["gipo"], labels[method]), digits)
         for place, by in found.items()
         for method in labels
         if method != "gipo" and method in by
@@ -482,7 +482,8 @@ def successes(experiment: str) -> Texts:
 def ant() -> Texts:
     texts, found = raw("ant"), by_place(raw_cells("ant"), "final_return", pool=False)
     own, other = (found.get(f"Ant, K = {k}", {}).get(method, {}) for method, k in (("gipo", 8), ("clip", 1)))
-    texts["ant-verdict"] += "\n" + verdict(own, other, "- Ant:", ("GIPO with K = 8", "PPO-clip with K = 1"), digits=0)
+    across = verdict(own, other, "Ant:", ("GIPO with K = 8", "PPO-clip with K = 1"), digits=0)
+    texts["ant-verdict"] = "\n".join(filter(None, (texts["ant-verdict"], sentences([across]))))
     return texts | {"ant-details": details(raw_cells("ant"), lambda key: f"{LABELS[key[0]]}, {key[2]}")}
 
 
@@ -492,7 +493,8 @@ def metaworld() -> Texts:
     known = raw_texts(by_place(cells, "final_success", pool=True), "final_success", 2)
     shown = {(f"{place}, success", method): text for (place, method), text in known.items()}
     for place, by in by_place(cells, "final_return", pool=True).items():
-        every = {env_id: np.concatenate([sample[env_id] for sample in by.values()]) for env_id in by["gipo"]}
+        envs = next(iter(by.values()))
+        every = {env_id: np.concatenate([sample[env_id] for sample in by.values()]) for env_id in envs}
         low, high = ({env_id: pick(x) for env_id, x in every.items()} for pick in (min, max))
         scaled = {method: scores.normalize(sample, low, high) for method, sample in by.items()}
         shown |= {(f"{place}, score", method): text for method, text in intervals(scaled).items()}

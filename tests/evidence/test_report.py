@@ -123,6 +123,8 @@ def test_a_run_that_diverged_needs_the_return_of_random_actions(results, monkeyp
     write(results / "ant.csv", [made_up(run, "", diverged=1)])
     assert report.main() == 2
     assert "error: ant: Ant-v5 has no row of random actions; run ./benchmark.sh random" in capsys.readouterr().err
+    with pytest.raises(runs.Missing, match="Ant-v5 has no row"):
+        evidence.curves(runs.rows("ant"), {})
 
 
 def test_a_page_without_the_marker_is_noticed(results):
@@ -276,6 +278,18 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     assert len(found["freeze-details"].splitlines()) == 2 + 8
     assert cells(found["freeze-details"], "GIPO with KL")[3:] == ["0.5"] * 5 + ["0"]
     assert len(found["ant-details"].splitlines()) == 2 + 6
+
+
+def test_a_place_without_gipo_has_the_other_methods(everything, monkeypatch):
+    """As while the runs are still going on."""
+    monkeypatch.setattr(report, "SECTIONS", (report.metaworld, report.ant))
+    for name in ("metaworld", "ant"):
+        known = [row for row in runs.rows(name) if row["method"] != "gipo"]
+        write(everything / f"{name}.csv", known)
+    assert report.main() == 0
+    found = places(everything)
+    assert found["metaworld"].startswith("|  | PPO-clip | SAPO | plain IS | random actions |")
+    assert found["ant"].startswith("|  | PPO-clip | SAPO |") and "beats" not in found["ant-verdict"]
 
 
 def test_what_has_no_rows_is_left_as_it_is(everything, monkeypatch):
