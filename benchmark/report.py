@@ -489,15 +489,17 @@ def ant() -> Texts:
 
 def metaworld() -> Texts:
     """Success, and the score that the paper probably has: 0 is the worst return of all methods and 1 the best."""
-    texts, cells = successes("metaworld"), raw_cells("metaworld")
+    texts, cells, scaled = successes("metaworld"), raw_cells("metaworld"), {}
     known = raw_texts(by_place(cells, "final_success", pool=True), "final_success", 2)
     shown = {(f"{place}, success", method): text for (place, method), text in known.items()}
     for place, by in by_place(cells, "final_return", pool=True).items():
         envs = next(iter(by.values()))
         every = {env_id: np.concatenate([sample[env_id] for sample in by.values()]) for env_id in envs}
         low, high = ({env_id: pick(x) for env_id, x in every.items()} for pick in (min, max))
-        scaled = {method: scores.normalize(sample, low, high) for method, sample in by.items()}
-        shown |= {(f"{place}, score", method): text for method, text in intervals(scaled).items()}
+        name = f"{place}, score"
+        scaled[name] = {method: scores.normalize(sample, low, high) for method, sample in by.items()}
+        shown |= {(name, method): text for method, text in intervals(scaled[name]).items()}
+    texts["metaworld-verdict"] = "\n".join(filter(None, (texts["metaworld-verdict"], raw_verdict(scaled, 2))))
     return texts | {"metaworld": raw_table(shown)}
 
 

@@ -261,6 +261,7 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     assert "K = 40: GIPO beats PPO-clip (0.60 against 0.50" in found["metaworld-verdict"]
     assert "K = 40: GIPO beats SAPO (0.60 against 0.45" in found["metaworld-verdict"]
     assert "- reach, K = 40: GIPO beats plain IS (" in found["metaworld-verdict"]
+    assert "- K = 40, score: GIPO beats PPO-clip (" in found["metaworld-verdict"]
     assert "K = 2000: GIPO" in found["metaworld-verdict"] and "3 seeds only" in found["metaworld-verdict"]
     assert len(found["minigrid"].splitlines()) == 2 + 3 and len(found["minigrid-details"].splitlines()) == 2 + 9
     assert "Pong, K = 8: GIPO beats PPO-clip (" in found["atari-verdict"]
