@@ -21,7 +21,7 @@ from benchmark.experiments import LOCOMOTION, Run, peer, run
 from benchmark.scripts import ROOT
 
 # of the shorter run; the longer one has twice as many
-STEPS = {"gipo": 40_960, "clip": 40_960, "sb3-ppo": 40_960, "sb3-sac": 4_000}
+STEPS = {"gipo": 20_480, "clip": 20_480, "sb3-ppo": 20_480, "sb3-sac": 2_000}
 COLUMNS = ("method", "ratio")
 
 
