@@ -373,13 +373,18 @@ def peers() -> Texts:
     lines = {line: LABELS[line[0]] if line[1] is None else with_kl(line) for line in cells}
     styles = {line: (label, *NAMES[line[0]][1:]) for line, label in lines.items()}
     over_time(panels, styles, FIGURES / "peers.png", "return: " + SCALE)
-    texts = intervals({(line, "final return"): scale(known) for line, known in cells.items()})
-    texts |= {(line, "time per step, GIPO's is 1"): f"{times[line[0]]:.2g}" for line in cells}
-    said = [
-        verdict(scale(cells["gipo", KL]), scale(cells[peer, None]), "At K = 1", ("GIPO", LABELS[peer]))
-        for peer in ("sb3-ppo", "sb3-sac")
-        if ("gipo", KL) in cells and (peer, None) in cells
-    ]
+    places = {"score": {line: scale(known) for line, known in cells.items()}}
+    for line, known in cells.items():
+        for env_id, returns in evidence.values(known, "final_return", evidence.zeros()).items():
+            places.setdefault(short(env_id), {})[line] = {env_id: returns}
+    texts = {(line, "time per step"): f"{times[line[0]]:.2g}" for line in cells}
+    said = []
+    for place, by in places.items():
+        digits = 2 if place == "score" else 0
+        texts |= {(line, place): text for line, text in intervals(by, digits).items()}
+        for peer in ("sb3-ppo", "sb3-sac"):
+            pair = by.get(("gipo", KL), {}), by.get((peer, None), {})
+            said.append(verdict(*pair, f"{place}:", ("GIPO", LABELS[peer]), digits))
     return {"peers": cross(texts, lines), "peers-verdict": sentences(said)}
 
 

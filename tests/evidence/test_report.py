@@ -266,7 +266,11 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     assert len(found["minigrid"].splitlines()) == 2 + 3 and len(found["minigrid-details"].splitlines()) == 2 + 9
     assert "Pong, K = 8: GIPO beats PPO-clip (" in found["atari-verdict"]
     assert "Pendulum, reuse 8: GIPO beats APPO's clip (" in found["rllib-verdict"]
-    assert cells(found["peers"], "SAC of Stable-Baselines3")[1] == "2"
+    peers = found["peers"].splitlines()
+    assert peers[0] == "|  | time per step | score | HalfCheetah | Hopper | Walker2d |" and len(peers) == 2 + 4
+    assert cells(found["peers"], "SAC of Stable-Baselines3")[0] == "2"
+    assert cells(found["peers"], "SAC of Stable-Baselines3")[2].startswith("90 (")
+    assert "Hopper: GIPO beats SAC of Stable-Baselines3 (120 against 90, " in found["peers-verdict"]
     assert "On old completions without KL GIPO beats VESPO (" in found["llm-verdict"]
     assert len(found["llm"].splitlines()) == 2 + 8 and len(cells(found["llm"], "TRL's clip with KL")) == 5
     assert found["tune-details"].count(" chosen |") == 12
