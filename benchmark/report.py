@@ -316,7 +316,7 @@ def width() -> Texts:
     against([Panel("", "rollouts K in the replay buffer", found)], styles, FIGURES / "width.png")
     said = [
         verdict(*(pooled(scale, cells, x, sizes) for x in ("width", line)), f"With {place}", (lines["width"], name))
-        for sizes, place in PLACES.items()
+        for sizes, place in (PLACES | {(32,): "K = 32"}).items()
         for line, name in lines.items()
         if line != "width"
     ]

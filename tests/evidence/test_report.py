@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmark import evidence, experiments, peer_times, quick, report, runs
+from benchmark import evidence, experiments, peer_times, quick, report, runs, scores
 
 ENVS = {"HalfCheetah-v5": (-300.0, 1000.0), "Hopper-v5": (20.0, 500.0)}
 TUNINGS = {"width-tune", "rllib-tune"}  # without a section
@@ -29,9 +29,9 @@ PAGE = "".join(
 def made_up(run: runs.Run, final: float, **more) -> dict:
     row = {"command": run.command, "env_id": run.value("--env-id", "sorting"), "method": run.method}
     curve = " ".join([f"{final}"] * runs.CURVE_POINTS)
-    scores = {"final_return": final, "mean_return": final, "final_success": 0.5, "curve": curve, "seconds": 60}
+    returns = {"final_return": final, "mean_return": final, "final_success": 0.5, "curve": curve, "seconds": 60}
     measures = dict.fromkeys(report.MEASURES, 0.5)
-    return dict.fromkeys(runs.COLUMNS) | row | scores | measures | {"diverged": 0} | more
+    return dict.fromkeys(runs.COLUMNS) | row | returns | measures | {"diverged": 0} | more
 
 
 def write(path, known):
@@ -46,6 +46,7 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "FIGURES", tmp_path / "figures")
     monkeypatch.setattr(report, "PAGES", [tmp_path / "page.md"])
+    monkeypatch.setattr(scores, "RESAMPLES", 400)
     (tmp_path / "page.md").write_text(PAGE)
     return tmp_path
 
