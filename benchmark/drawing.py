@@ -32,6 +32,7 @@ class Panel:
     title: str
     xlabel: str
     lines: dict[Hashable, Scores | tuple[float, np.ndarray]]
+    log: bool = False  # the x axis
 
 
 def figure(draw, panels: list[Panel], styles: dict, path: Path, ylabel: str, sharey: bool = False):
@@ -48,6 +49,9 @@ def figure(draw, panels: list[Panel], styles: dict, path: Path, ylabel: str, sha
         shown |= draw(axes, panel.lines, styles)
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel(panel.xlabel, fontsize=9)
+        if panel.log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.spines[["top", "right"]].set_visible(False)
     for axes in places[:, 0]:
         axes.set_ylabel(ylabel, fontsize=9)

@@ -368,7 +368,7 @@ def peers() -> Texts:
     curves = {line: scale.curve(known) for line, known in cells.items()}
     panels = [
         Panel("by data", STEPS_AXIS, {line: (STEPS / 1000, curve) for line, curve in curves.items()}),
-        Panel("by time", "time of a core, in runs of GIPO", {x: (times[x[0]], curve) for x, curve in curves.items()}),
+        Panel("by time", "time of a core, in runs of GIPO", {x: (times[x[0]], y) for x, y in curves.items()}, log=True),
     ]
     lines = {line: LABELS[line[0]] if line[1] is None else with_kl(line) for line in cells}
     styles = {line: (label, *NAMES[line[0]][1:]) for line, label in lines.items()}
