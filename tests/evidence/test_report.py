@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmark import evidence, experiments, peer_times, quick, report, runs, scores
+from benchmark import drawing, evidence, experiments, peer_times, quick, report, runs, scores
 
 ENVS = {"HalfCheetah-v5": (-300.0, 1000.0), "Hopper-v5": (20.0, 500.0)}
 TUNINGS = {"width-tune", "rllib-tune"}  # without a section
@@ -338,6 +338,15 @@ def test_rows_of_different_code_are_named(results, capsys):
     write(results / "staleness.csv", known)
     report.main()
     assert "different or uncommitted code" in capsys.readouterr().err
+
+
+def test_the_axis_of_a_panel_is_logarithmic_if_it_says_so(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(drawing.plt, "close", made.append)
+    curve = {"gipo": (2.0, np.zeros(runs.CURVE_POINTS))}
+    panels = [drawing.Panel("", "", curve, log=log) for log in (False, True)]
+    drawing.over_time(panels, {"gipo": drawing.NAMES["gipo"]}, tmp_path / "figure.png", "")
+    assert [axes.get_xscale() for axes in made[0].axes] == ["linear", "log"]
 
 
 def test_verdicts():
