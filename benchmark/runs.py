@@ -8,6 +8,7 @@ curve, so the figures need nothing else.
 
 import csv
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -108,7 +109,9 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return WORK / re.sub(r"[^\w.]+", "-", self.command.removeprefix("python "))
+        """Named after the command, with a digest because a name has at most 255 bytes."""
+        name = re.sub(r"[^\w.]+", "-", self.command.removeprefix("python "))
+        return WORK / f"{name[:200]}-{hashlib.sha256(self.command.encode()).hexdigest()[:12]}"
 
 
 def rows(experiment: str) -> list[dict[str, str]]:

@@ -255,6 +255,13 @@ def test_one_run_has_one_command_in_all_experiments(untuned):
     assert len(plans["lag"] & plans["staleness"]) == 6 * 3 * 5
 
 
+def test_every_run_has_a_folder_of_its_own(untuned):
+    plan = {run.command: run for one in experiments.EXPERIMENTS.values() for run in one()}
+    names = {run.folder.name for run in plan.values()}
+    assert len(names) == len(plan)
+    assert max(len(name.encode()) for name in names) <= 255  # the longest name that Linux and macOS take
+
+
 def test_quick_takes_the_defaults_and_needs_no_tuning(monkeypatch):
     monkeypatch.setattr(experiments, "finished", dict)
     flags = {word for run in experiments.quick() for word in run.arguments if word.startswith("--")}
