@@ -517,7 +517,9 @@ def atari() -> Texts:
 
 
 def rllib() -> Texts:
-    return raw("rllib", labels=LABELS | {"clip": "APPO's clip"})
+    labels = LABELS | {"clip": "APPO's clip"}
+    cells = complete("rllib", lambda run: (run.method, variant(run)))
+    return raw("rllib", labels=labels) | {"rllib-details": details(cells, lambda key: f"{labels[key[0]]}, {key[1]}")}
 
 
 def llm() -> Texts:
@@ -580,8 +582,8 @@ def costs() -> Texts:
     lines = []
     for actors in (1, 2, 10, 100):
         steps, saturated = evidence.speed(actors, known)
-        age = evidence.age(actors, int(known["reuse"]), known)
-        lines.append([str(actors), f"{steps:,.0f}", "the learner" if saturated else "the actors", f"{age:.3g}"])
+        age = "" if saturated else f"{evidence.age(actors, int(known['reuse']), known):.3g}"
+        lines.append([str(actors), f"{steps:,.0f}", "the learner" if saturated else "the actors", age])
     estimate = table(["actors", "steps/s", "limited by", "age"], lines)
     return {"costs": table(head, [measured]), "costs-estimate": estimate}
 

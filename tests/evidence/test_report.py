@@ -211,7 +211,7 @@ def everything(folder, monkeypatch):
     random = [{"env_id": env, "final_return": 7, "final_success": 0.25} for env in set(experiments.REPORTED)]
     write(folder / "random.csv", random)
     costs = dict.fromkeys(("play_seconds", "receive_seconds", "batch_seconds", "update_seconds", "message_bytes"), 1)
-    costs |= dict.fromkeys(("message_steps", "batch_steps", "reuse"), 1)
+    costs |= dict.fromkeys(("message_steps", "batch_steps", "reuse"), 1) | {"play_seconds": 10}
     write(folder / "costs.csv", [{"quantity": name, "value": value} for name, value in costs.items()])
     times = [{"method": method, "ratio": 2} for method in peer_times.STEPS]
     write(folder / "peer-times.csv", times)
@@ -221,7 +221,7 @@ def everything(folder, monkeypatch):
     }
     names = [*sections, *(f"{name}-verdict" for name in sections if name not in ("tune", "costs")), "costs-estimate"]
     names += ["headline", "headline-verdict", "tune-details", "staleness-differences", "width-tune"]
-    detailed = ("staleness", "ablation", "width", "freeze", "lag", "ant", "metaworld", "minigrid")
+    detailed = ("staleness", "ablation", "width", "freeze", "lag", "ant", "metaworld", "minigrid", "rllib")
     names += ["staleness-others", "ablation-others", *(f"{name}-details" for name in detailed)]
     (folder / "page.md").write_text("".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in names))
     return folder
@@ -284,6 +284,9 @@ def test_every_experiment_has_a_figure_a_table_and_a_verdict(everything, capsys)
     assert len(found["freeze-details"].splitlines()) == 2 + 8
     assert cells(found["freeze-details"], "GIPO with KL")[3:] == ["0.5"] * 5 + ["0"]
     assert len(found["ant-details"].splitlines()) == 2 + 6
+    assert len(found["rllib-details"].splitlines()) == 2 + 6
+    assert cells(found["costs-estimate"], "2") == ["0", "the actors", "3"]
+    assert cells(found["costs-estimate"], "10") == ["0", "the learner"]  # whose data is of unknown age
 
 
 def test_a_place_without_gipo_has_the_other_methods(everything, monkeypatch):
