@@ -11,6 +11,7 @@ import csv
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -22,6 +23,7 @@ from benchmark.scripts import ROOT
 
 # of the shorter run; the longer one has twice as many
 STEPS = {"gipo": 20_480, "clip": 20_480, "sb3-ppo": 20_480, "sb3-sac": 2_000}
+REPETITIONS = 3
 COLUMNS = ("method", "ratio")
 
 
@@ -38,14 +40,16 @@ def seconds(one: Run) -> float:
     with tempfile.TemporaryDirectory() as folder:
         arguments = [str(one.python), str(ROOT / one.script), *one.arguments]
         single = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(arguments, cwd=folder, env=single, capture_output=True, check=True)
+        result = subprocess.run(arguments, cwd=folder, env=single, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"error: {one.command} failed:\n{result.stderr}")
     return time.perf_counter() - start
 
 
-def main(repetitions: int = 3):
+def main():
     """Time the methods in turn on each task and write benchmark/results/peer-times.csv."""
     ratios = {method: [] for method in STEPS}
-    for _ in range(repetitions):
+    for _ in range(REPETITIONS):
         for env_id in LOCOMOTION:
             found = {
                 method: (seconds(command(method, env_id, 2 * n)) - seconds(command(method, env_id, n))) / n

@@ -393,9 +393,8 @@ def variant(run: Run) -> str:
     """What distinguishes runs of one method and environment."""
     if run.value("--buffer-reuse"):
         return f"reuse {run.value('--buffer-reuse')}"
-    parts = [f"K = {run.value('--buffer-epochs')}"]
-    parts += [f"{name} = {run.value(flag)}" for name, flag in (("L", "--policy-lag"),) if run.value(flag)]
-    return ", ".join(parts)
+    lag = run.value("--policy-lag")
+    return f"K = {run.value('--buffer-epochs')}" + (f", L = {lag}" if lag else "")
 
 
 def raw_cells(experiment: str) -> dict[tuple[str, str, str], Rows]:
@@ -443,7 +442,7 @@ def raw_texts(found: dict[str, dict[str, Scores]], column: str, digits: int) -> 
         texts |= {(place, method): text for method, text in intervals(by, digits).items()}
         envs = next(iter(by.values()))
         if envs.keys() <= random.keys():
-            texts[place, "random"] = f"{np.mean([random[env_id] for env_id in envs]):.{digits}f}"
+            texts[place, "random"] = f"{scores.iqm(np.array([random[env_id] for env_id in envs])):.{digits}f}"
     return texts
 
 
@@ -463,18 +462,16 @@ def raw_verdict(found: dict[str, dict[str, Scores]], digits: int, labels: dict[s
     )
 
 
-def raw(experiment: str, digits: int = 0, labels: dict[str, str] = LABELS) -> Texts:
+def raw(experiment: str, cells: dict, digits: int = 0, labels: dict[str, str] = LABELS) -> Texts:
     """Figure, table and verdict of returns without scaling, next to random actions."""
-    cells = raw_cells(experiment)
     draw_raw(cells, FIGURES / f"{experiment}.png", "return", labels)
     found = by_place(cells, "final_return", pool=False)
     table = raw_table(raw_texts(found, "final_return", digits), labels)
     return {experiment: table, f"{experiment}-verdict": raw_verdict(found, digits, labels)}
 
 
-def successes(experiment: str) -> Texts:
+def successes(experiment: str, cells: dict) -> Texts:
     """Figure of returns; tables and verdict of the share of episodes with success, in all environments and in each."""
-    cells = raw_cells(experiment)
     draw_raw(cells, FIGURES / f"{experiment}.png", "return")
     joined, single = (by_place(cells, "final_success", pool) for pool in (True, False))
     return {
@@ -485,16 +482,18 @@ def successes(experiment: str) -> Texts:
 
 
 def ant() -> Texts:
-    texts, found = raw("ant"), by_place(raw_cells("ant"), "final_return", pool=False)
+    cells = raw_cells("ant")
+    texts, found = raw("ant", cells), by_place(cells, "final_return", pool=False)
     own, other = (found.get(f"Ant, K = {k}", {}).get(method, {}) for method, k in (("gipo", 8), ("clip", 1)))
     across = verdict(own, other, "Ant:", ("GIPO with K = 8", "PPO-clip with K = 1"), digits=0)
     texts["ant-verdict"] = "\n".join(filter(None, (texts["ant-verdict"], sentences([across]))))
-    return texts | {"ant-details": details(raw_cells("ant"), lambda key: f"{LABELS[key[0]]}, {key[2]}")}
+    return texts | {"ant-details": details(cells, lambda key: f"{LABELS[key[0]]}, {key[2]}")}
 
 
 def metaworld() -> Texts:
     """Success, and the score that the paper probably has: 0 is the worst return of all methods and 1 the best."""
-    texts, cells, scaled = successes("metaworld"), raw_cells("metaworld"), {}
+    cells, scaled = raw_cells("metaworld"), {}
+    texts = successes("metaworld", cells)
     known = raw_texts(by_place(cells, "final_success", pool=True), "final_success", 2)
     shown = {(f"{place}, success", method): text for (place, method), text in known.items()}
     for place, by in by_place(cells, "final_return", pool=True).items():
@@ -509,17 +508,18 @@ def metaworld() -> Texts:
 
 
 def minigrid() -> Texts:
-    return successes("minigrid")
+    return successes("minigrid", raw_cells("minigrid"))
 
 
 def atari() -> Texts:
-    return raw("atari", digits=1)
+    return raw("atari", raw_cells("atari"), digits=1)
 
 
 def rllib() -> Texts:
     labels = LABELS | {"clip": "APPO's clip"}
-    cells = complete("rllib", lambda run: (run.method, variant(run)))
-    return raw("rllib", labels=labels) | {"rllib-details": details(cells, lambda key: f"{labels[key[0]]}, {key[1]}")}
+    texts = raw("rllib", raw_cells("rllib"), labels=labels)
+    both = complete("rllib", lambda run: (run.method, variant(run)))
+    return texts | {"rllib-details": details(both, lambda key: f"{labels[key[0]]}, {key[1]}")}
 
 
 def llm() -> Texts:

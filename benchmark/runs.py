@@ -137,12 +137,18 @@ def revision(*scripts: str) -> str:
     return commit.strip() + ("+" if changed else "")
 
 
+def digest(*scripts: str) -> str:
+    """Tells code apart, committed or not."""
+    return hashlib.sha256(b"".join((ROOT / script).read_bytes() for script in scripts)).hexdigest()
+
+
 @cache
 def versions(python: Path) -> str:
-    """The versions of PACKAGES that an interpreter has installed."""
-    listed = subprocess.run([python, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
-    # pip names stable-baselines3 with an underscore
-    known = dict(line.replace("_", "-").split("==", 1) for line in listed.splitlines() if "==" in line)
+    """The versions of PACKAGES that an interpreter has installed, with pip or without."""
+    ask = "from importlib.metadata import distributions\nfor x in distributions(): print(x.name, x.version)"
+    listed = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout
+    # stable-baselines3 has an underscore there
+    known = dict(line.replace("_", "-").split() for line in listed.splitlines())
     return " ".join(f"{name}={known[name]}" for name in PACKAGES if name in known)
 
 
@@ -202,27 +208,27 @@ def execute(run: Run) -> dict:
         except BlockingIOError:
             raise BlockingIOError("another batch is doing this run") from None
         scripts = [word for word in (run.script, *run.positional) if word.endswith(".py")]
-        current, started = revision(*scripts), run.folder / "revision.txt"
+        current, code, started = revision(*scripts), digest(*scripts), run.folder / "code.txt"
         saved = list(run.folder.glob("runs/*/checkpoint.pt"))
-        resumed = bool(saved) and started.exists() and started.read_text() == current
+        resumed = bool(saved) and started.exists() and started.read_text() == code
         if resumed:
             arguments = [*run.positional, "--resume", str(saved[0].parent)]
         else:
             shutil.rmtree(run.folder / "runs", ignore_errors=True)
-            started.write_text(current)
+            started.write_text(code)
             arguments = run.arguments
         command = [str(run.python), str(ROOT / run.script), *arguments]
         start, size = time.monotonic(), log.tell()
         single = os.environ | {"OMP_NUM_THREADS": "1"}
-        code = subprocess.run(command, cwd=run.folder, env=single, stdout=log, stderr=log).returncode
+        status = subprocess.run(command, cwd=run.folder, env=single, stdout=log, stderr=log).returncode
         seconds = round(time.monotonic() - start)
         log.seek(size)
         output = log.read()
-    diverged = code == 1 and "not finite" in output
+    diverged = status == 1 and "not finite" in output
     # the run had ended before this process was stopped, and only its row is missing
-    ended = resumed and code == 2 and "--total-timesteps" in output
-    if code and not diverged and not ended:
-        raise subprocess.CalledProcessError(code, command)
+    ended = resumed and status == 2 and "--total-timesteps" in output
+    if status and not diverged and not ended:
+        raise subprocess.CalledProcessError(status, command)
     (folder,) = (run.folder / "runs").iterdir()
     found = row(run, folder) | {"revision": current, "seconds": "" if resumed else seconds}
     return found | ({"diverged": 1, "final_return": "", "final_success": ""} if diverged else {})

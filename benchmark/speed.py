@@ -61,6 +61,7 @@ CONFIGURATIONS = {
     "Breakout, Stable-Baselines3": ("gipo_atari", "sb3", 8),
     "MiniGrid Fetch, Stable-Baselines3": ("gipo_minigrid_vision", "sb3", 20),
 }
+OWN = [title for title, (_, words, _) in CONFIGURATIONS.items() if words != "sb3"]
 PHASES = ("environment", "inference", "refresh", "update")
 BARE_SECONDS = 5.0
 
@@ -200,25 +201,32 @@ class Args:
     """how often each configuration is measured; configurations take turns, and the table shows medians (1 to 5)"""
     only: str = ""
     """measure only configurations whose title contains this text"""
-    measure: Literal["", *CONFIGURATIONS] = ""
+    measure: Literal["", *OWN] = ""
     """measure one configuration once, in this process, and print it as JSON"""
 
     def __post_init__(self):
         self.titles = [title for title in CONFIGURATIONS if self.only in title]
         if not self.titles:
             raise ValueError(f"--only {self.only}: give a part of one of {', '.join(CONFIGURATIONS)}.")
+        if self.repetitions < 1:
+            raise ValueError(f"--repetitions {self.repetitions}: give 1 or more.")
 
 
-def main(args: Args):
+def main(args: Args) -> int | None:
+    """Returns the exit code: 1 if a configuration failed."""
     if args.measure:
         return measure(args.measure)
-    found = defaultdict(list)
+    found, failed = defaultdict(list), 0
     for repetition, title in itertools.product(range(args.repetitions), args.titles):
         start = command(title)
         if Path(start[0]).exists():
             print(f"{repetition + 1}/{args.repetitions} {title}", file=sys.stderr)
-            result = subprocess.run(start, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-            found[title].append(json.loads(result.stdout.splitlines()[-1]))
+            result = subprocess.run(start, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            if result.returncode == 0:
+                found[title].append(json.loads(result.stdout.splitlines()[-1]))
+            else:
+                print(f"{title} failed", file=sys.stderr)
+                failed = 1
         elif repetition == 0:
             print(f"{title} is skipped: ./benchmark.sh peers --dry-run makes its environment.", file=sys.stderr)
     columns = ["steps/s", "bare", "ratio", *PHASES, "rest", "peak MB", "buffer MB"]
@@ -232,7 +240,8 @@ def main(args: Args):
             cells[1:] = [f"{median['bare']:,.0f}", f"{ratio:.1%}", *(f"{x:.0%}" for x in [*shares, 1 - sum(shares)])]
             cells += [f"{median['peak_mb']:,.0f}", f"{median['buffer_mb']:,.0f}"]
         print(f"| {title} | {' | '.join(cells)} |")
+    return failed
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    sys.exit(main(tyro.cli(Args)))

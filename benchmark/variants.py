@@ -19,7 +19,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmark.scripts import load, run_body
+from benchmark.scripts import ROOT, load, run_body
 
 
 def exp(logratio):
@@ -138,7 +138,8 @@ def load_variant(name: str, script: str = "ppo_baseline") -> ModuleType:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or sys.argv[1] not in VARIANTS:
+    known = len(sys.argv) > 2 and sys.argv[1] in VARIANTS and (ROOT / f"{Path(sys.argv[2]).stem}.py").is_file()
+    if not known:
         print(f"error: give a variant ({', '.join(VARIANTS)}), a script and its flags.", file=sys.stderr)
         sys.exit(2)
     name, script = sys.argv.pop(1), sys.argv.pop(1)

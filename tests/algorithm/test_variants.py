@@ -128,7 +128,7 @@ def start(monkeypatch, *argv):
     runpy.run_path(str(ROOT / "benchmark/variants.py"), run_name="__main__")
 
 
-@pytest.mark.parametrize("argv", [[], ["sapo"], ["gipo", "ppo_baseline.py", "continuous"]])
+@pytest.mark.parametrize("argv", [[], ["sapo"], ["sapo", "--help"], ["gipo", "ppo_baseline.py", "continuous"]])
 def test_the_variants_are_named_when_there_is_no_such_one(argv, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         start(monkeypatch, *argv)

@@ -2,6 +2,7 @@
 
 import fcntl
 import itertools
+import subprocess
 import sys
 from subprocess import CalledProcessError
 from types import SimpleNamespace
@@ -70,9 +71,10 @@ def process(places, monkeypatch):
         return SimpleNamespace(returncode=stand_in.code)
 
     monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=start, CalledProcessError=CalledProcessError))
-    monkeypatch.setattr(runs, "revision", lambda *scripts: stand_in.revision)
+    monkeypatch.setattr(runs, "revision", lambda *scripts: "abc+")  # with any change that is not committed
+    monkeypatch.setattr(runs, "digest", lambda *scripts: stand_in.digest)
     monkeypatch.setattr(runs, "row", lambda run, folder: {"final_return": "7", "diverged": 0})
-    stand_in.revision = "abc"
+    stand_in.digest = "1"
     return stand_in
 
 
@@ -91,7 +93,7 @@ def test_an_interrupted_run_goes_on_with_the_same_code_only(method, positional, 
     saved = run.folder / "runs" / "one"
     (saved / "checkpoint.pt").touch()
     assert runs.execute(run)["seconds"] == ""
-    process.revision = "def"
+    process.digest = "2"
     assert runs.execute(run)["seconds"] == 0 and not (saved / "checkpoint.pt").exists()
     script = [sys.executable, str(ROOT / run.script)]
     fresh = [*script, *run.arguments]
@@ -120,7 +122,7 @@ def test_a_run_whose_loss_is_not_finite_has_a_row(process):
         "final_return": "",
         "final_success": "",
         "diverged": 1,
-        "revision": "abc",
+        "revision": "abc+",
         "seconds": 0,
     }
     process.output = "Traceback\n"  # the words of the first attempt are not those of this one
@@ -285,9 +287,24 @@ def test_every_command_is_one_that_its_script_takes(name, untuned, monkeypatch):
         assert args.env_id == run.value("--env-id") and args.eval_episodes == 0
 
 
-def test_versions_of_every_listed_package(monkeypatch, tmp_path):
-    """pip lists some names with an underscore."""
-    listed = "".join(f"{name.replace('-', '_')}==1.{i}\n" for i, name in enumerate(runs.PACKAGES))
-    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listed + "other @ file:///x\n"))
-    found = runs.versions(tmp_path)
+def test_versions_of_every_listed_package(tmp_path):
+    """Some packages have an underscore in their name, and some environments have no pip."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
+    (site,) = tmp_path.glob("lib/python*/site-packages")
+    for i, name in enumerate(runs.PACKAGES):
+        (site / f"{name.replace('-', '_')}-1.{i}.dist-info").mkdir()
+        (site / f"{name.replace('-', '_')}-1.{i}.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name.replace('-', '_')}\nVersion: 1.{i}\n"
+        )
+    found = runs.versions(tmp_path / "bin" / "python")
     assert found == " ".join(f"{name}=1.{i}" for i, name in enumerate(runs.PACKAGES))
+
+
+def test_a_digest_tells_code_apart(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "b.py").write_text("2")
+    first = runs.digest("a.py", "b.py")
+    assert runs.digest("a.py", "b.py") == first
+    (tmp_path / "b.py").write_text("3")
+    assert runs.digest("a.py", "b.py") != first

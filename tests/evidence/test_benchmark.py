@@ -41,7 +41,29 @@ def test_the_peer_takes_gradient_steps_of_the_same_number_and_size(monkeypatch, 
     assert printed.err.count("is skipped") == 3 and len(printed.out.splitlines()) == 2
 
 
-@pytest.mark.parametrize("arguments", [[], ["sped"], ["speed", "--only", "Chess"]])
+def test_a_configuration_that_fails_costs_no_other(monkeypatch, capsys):
+    first, second = speed.OWN[:2]
+    answer = '{"steps": 7}'
+    monkeypatch.setattr(
+        speed, "command", lambda title: [sys.executable, "-c", f"print('{answer}'); exit({title == second:d})"]
+    )
+    monkeypatch.setattr(speed, "CONFIGURATIONS", {first: None, second: None})
+    assert speed.main(speed.Args(repetitions=1)) == 1
+    printed = capsys.readouterr()
+    assert f"| {first} | 7 |" in printed.out and f"| {second} |" not in printed.out
+    assert f"{second} failed" in printed.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["sped"],
+        ["speed", "--only", "Chess"],
+        ["speed", "--repetitions", "0"],
+        ["speed", "--measure", "HalfCheetah, Stable-Baselines3"],
+    ],
+)
 def test_bad_input(arguments):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path}
