@@ -4,7 +4,7 @@
 #   ./benchmark.sh quick        GIPO and PPO-clip on fresh and stale data, in about five minutes on two cores
 #   ./benchmark.sh speed        steps per second next to the bare environments, and where the time goes
 #
-# The evidence, in benchmark/results/*.csv. Runs that have a row there are skipped: move the file elsewhere to repeat them.
+# The evidence, in benchmark/results/*.csv. Runs with a row there are skipped: move the file elsewhere to repeat them.
 # random, peers-time and costs always measure anew.
 #
 #   ./benchmark.sh random       random actions, the zero of the scores
