@@ -401,6 +401,12 @@ def test_quick_ends_with_a_figure_and_a_verdict_unless_a_run_failed(folder, monk
     assert (folder / "quick.png").exists()
 
 
+def test_random_actions_have_the_same_mean_as_the_methods(monkeypatch):
+    monkeypatch.setattr(evidence, "zeros", lambda column: {"a": 0, "b": 0, "c": 0, "d": 1})
+    found = {"K = 8": {"gipo": {env_id: np.zeros(3) for env_id in "abcd"}}}
+    assert report.raw_texts(found, "final_success", 2)["K = 8", "random"] == "0.00"  # the plain mean is 0.25
+
+
 def test_many_actors_saturate_the_learner():
     costs = {"play_seconds": 0.1, "receive_seconds": 0.01, "batch_seconds": 0.02, "update_seconds": 0.01}
     costs |= {"message_steps": 200, "batch_steps": 400, "reuse": 4}
