@@ -457,6 +457,8 @@ if __name__ == "__main__":
 
     run_name = f"{args.data.stem if args.data else 'sorting'}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     folder = args.evaluate or args.resume or Path("runs", re.sub(r"[^\w.-]", "-", run_name))
+    with exit_on_error(f"{folder} cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
     trainer = GIPOTrainer(model, reward, make_config(args, folder), rows, held_out, tokenizer)
     trainer.remove_callback(transformers.ProgressCallback)
     if args.evaluate:

@@ -634,6 +634,16 @@ def test_a_mistake_is_one_sentence_and_starts_no_run(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    place(tmp_path)
+    code, output = script(tmp_path, "--exp-name", 300 * "x")
+    assert code == 2 and "cannot be written" in output and "Traceback" not in output
+    (tmp_path / "runs").rmdir()
+    (tmp_path / "runs").touch()
+    code, output = script(tmp_path)
+    assert code == 2 and "cannot be written" in output and "Traceback" not in output
+
+
 def test_flags_reach_the_trainer(tmp_path):
     flags = {"seed": 5, "temperature": 0.7, "learning_rate": 1e-3, "sigma": 0.4, "sigma_neg": 0.2, "kl_coef": 0.3}
     flags |= {"buffer_epochs": 3, "policy_lag": 2}
