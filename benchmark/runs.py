@@ -208,7 +208,8 @@ def execute(run: Run) -> dict:
         except BlockingIOError:
             raise BlockingIOError("another batch is doing this run") from None
         scripts = [word for word in (run.script, *run.positional) if word.endswith(".py")]
-        current, code, started = revision(*scripts), digest(*scripts), run.folder / "code.txt"
+        current, code = revision(*scripts), digest(*scripts)
+        started = run.folder / "code.txt"
         saved = list(run.folder.glob("runs/*/checkpoint.pt"))
         resumed = bool(saved) and started.exists() and started.read_text() == code
         if resumed:
