@@ -257,8 +257,7 @@ class Args:
 
 # smallest and largest value of the numeric flags
 RANGES = (
-    (0, 2e9, "seed"),
-    (0, 1e9, "policy_lag kl_coef"),
+    (0, 2e9, "seed policy_lag kl_coef"),
     (1, 1e9, "iterations checkpoint_interval eval_interval eval_prompts prompts max_new_tokens"),
     (1, 1e9, "minibatches buffer_epochs"),
     (2, 1e9, "group"),
@@ -288,8 +287,7 @@ def tiny_model():
     size = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"vocab_size": len(vocabulary), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, **ids, tie_word_embeddings=True))
-    tokens = {"pad_token": "<pad>", "eos_token": "<eos>"}
-    return model, transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
+    return model, transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 def warm_up(model, tokenizer, rng, steps=350):
