@@ -57,9 +57,9 @@ def main():
             }
             for method, time_per_step in found.items():
                 ratios[method].append(time_per_step / found["gipo"])
+    known = [[method, f"{statistics.median(found):.3g}"] for method, found in ratios.items()]
     runs.RESULTS.mkdir(exist_ok=True)
     with (runs.RESULTS / "peer-times.csv").open("w", newline="") as file:
-        known = ([method, f"{statistics.median(found):.3g}"] for method, found in ratios.items())
         csv.writer(file).writerows([COLUMNS, *known])
 
 
