@@ -1,52 +1,38 @@
 """PPO on Atari, continuous control and MiniGrid vision: the baseline that GIPO changes in a few lines.
 
-    loss = -mean(min(r * A, clip(r, 1 - eps, 1 + eps) * A)) + kl_coef * KL(mu || pi),  r = pi(a|s) / mu(a|s)
+    loss = -mean(min(r * A, clip(r, 1 - eps, 1 + eps) * A)) + kl_coef * KL,  r = pi(a|s) / mu(a|s)
 
-mu is the behaviour policy, which collected the sample; A is the sample's advantage. The KL term pulls pi back
-towards mu, and mean(-log r) estimates it.
+mu is the behaviour policy, which collected the sample; A is the sample's advantage. The KL term pulls pi back to the
+policy that the iteration starts from; --kl-to behaviour pulls it back to mu.
 
-    python ppo_baseline.py atari --buffer-epochs 8      # learn from the last 8 rollouts; --help explains every flag
-    python ppo_baseline.py atari --resume runs/RUN      # continue a run; or --evaluate runs/RUN --capture-video
+    python ppo_baseline.py continuous --buffer-epochs 8      # learn from the last 8 rollouts; --help explains every flag
+    python ppo_baseline.py continuous --resume runs/RUN      # continue a run; or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
-`diff ppo_baseline.py gipo_atari.py` shows the method. The diffs with gipo_continuous.py and
-gipo_minigrid_vision.py show it too. From `__main__` down, all four scripts are identical.
+`diff ppo_baseline.py gipo_continuous.py` shows the method. The diffs with gipo_atari.py and gipo_minigrid_vision.py
+show it too. All that the four scripts share is the same text.
 """
-
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "gymnasium>=1.4,<2", "moviepy>=2.2,<3", "numpy>=2,<3", "tensorboard>=2.21", "torch>=2.13,<3",
-#     "tqdm>=4.70", "tyro>=1.0,<2", "wandb>=0.31,<1",
-#     "ale-py>=0.12,<0.13",
-#     "metaworld>=3.1.1,<4", "mujoco>=3.3,<3.17", "packaging",
-#     "minigrid>=3.2,<4",
-# ]
-# ///
 
 import contextlib
 import copy
 import math
 import os
+import random
 import re
 import signal
 import sys
 import time
 import zipfile
+from collections import deque
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Literal, Union
+from typing import Literal
 
-import ale_py
 import gymnasium as gym
-import minigrid
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from torch.distributions.categorical import Categorical
-from torch.distributions.normal import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -55,58 +41,70 @@ from tqdm import tqdm
 def policy_loss(logratio, advantages, args):
     """PPO-clip: the importance ratio, clipped where the advantage would push it further from 1 (Schulman et al. 2017).
 
-    logratio = log pi(a|s) - log mu(a|s), summed over action dimensions, and advantages are (B,). Returns the loss and
-    the detached coefficient c of each sample. A sample's gradient is -c A grad log pi / B.
+    logratio = log pi(a|s) - log mu(a|s) is (B, D), with a column for each part of an action that has a ratio of its
+    own: the whole action (D = 1), or each of its dimensions. advantages are (B, 1). Returns a scalar.
     """
-    ratio = torch.exp(logratio - (logratio - 20).clamp(min=0).detach())  # at most exp(20); float32 ends at exp(88)
-    low, high = 1 - args.clip_coef, 1 + args.clip_coef
-    objective = torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)
-    coef = ratio * torch.where(advantages > 0, ratio <= high, ratio >= low)
-    return -objective.mean(), coef.detach()
+    ratio = torch.exp(logratio.clamp(max=20))  # float32 ends at exp(88)
+    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    return -torch.min(ratio * advantages, clipped * advantages).sum(1).mean()
 
 
-def minibatch_loss(agent, obs, actions, logprobs, advantages, returns, args):
-    """The loss of a minibatch (B, ...), and detached values for the log: scalars, log-ratios and coefficients (B,)."""
+def update(agent, optimizer, obs, actions, logprobs, start_logprobs, advantages, returns, args):
+    """One gradient step on a minibatch (B, ...). Returns scalars to log, log-ratios (B, D) and advantages (B, 1)."""
     _, newlogprob, entropy, newvalue = agent.get_action_and_value(obs, actions)
     logratio = newlogprob - logprobs
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    advantages = advantages.unsqueeze(1)
 
     # Policy loss
-    pg_loss, coef = policy_loss(logratio, advantages, args)
-    kl = -logratio.mean()  # KL(mu || pi), estimated on samples of mu
+    pg_loss = policy_loss(logratio, advantages, args)
+
+    # KL term: KL(mu || pi) estimated on samples of mu, or KL(pi_start || pi) to second order
+    kl_behaviour = -logratio.sum(1).mean()
+    kl_step = 0.5 * ((newlogprob - start_logprobs) ** 2).sum(1).mean()
+    kl = kl_behaviour if args.kl_to == "behaviour" else kl_step
 
     # Value loss
     v_loss = 0.5 * ((newvalue - returns) ** 2).mean()
 
     entropy_loss = entropy.mean()
     loss = pg_loss + args.kl_coef * kl - args.ent_coef * entropy_loss + args.vf_coef * v_loss
-    scalars = {"losses/policy_loss": pg_loss, "losses/value_loss": v_loss, "losses/entropy": entropy_loss}
-    return loss, {tag: value.detach() for tag, value in scalars.items()}, logratio.detach(), coef
 
-
-def gradient_step(agent, optimizer, minibatch, args):
-    """One step of Adam on the loss of a minibatch; returns the values for the log."""
-    loss, scalars, logratio, coef = minibatch_loss(agent, *minibatch, args)
-    parameters = optimizer.param_groups[0]["params"]
-    # autograd.grad, because backward() does not compile into one graph with the rest
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-        parameter.grad = gradient
-    scalars["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
-    return scalars, logratio, coef
+    scalars = {
+        "losses/policy_loss": pg_loss.detach(),
+        "losses/value_loss": v_loss.detach(),
+        "losses/entropy": entropy_loss.detach(),
+        "losses/kl": kl_behaviour.detach(),
+        "losses/kl_step": kl_step.detach(),
+        "losses/grad_norm": grad_norm,
+    }
+    return scalars, logratio.detach(), advantages
 
 
-def diagnostics(logratio, coef):
-    """Scalars: how far pi is from the behaviour policies, and how many samples (B,) still have a gradient."""
-    ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88), and an outlier would swamp the mean
+def diagnostics(logratio, advantages, args):
+    """Scalars: how far pi is from the behaviour policies, and how many samples still have a gradient.
+
+    logratio is (B, D) and advantages (B, 1). A sample's gradient is -c A grad log pi / B, with the coefficient c.
+    """
+    logratio = logratio.requires_grad_()
+    sign = torch.where(advantages > 0, 1.0, -1.0)
+    (gradient,) = torch.autograd.grad(policy_loss(logratio, sign, args), logratio)
+    coef = (-sign * gradient * len(sign)).flatten()
+    logratio = logratio.detach()
+    joint = logratio.sum(1)
+    absolute = logratio.abs().flatten()
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could overflow
     return {
-        "losses/kl": -logratio.mean(),
-        "losses/approx_kl": (ratio - 1 - logratio).mean(),
-        "losses/clipfrac": ((ratio - 1).abs() > 0.2).float().mean(),
+        # float32 ends at exp(88), and an outlier would swamp the mean
+        "losses/approx_kl": (joint.clamp(max=20).exp() - 1 - joint).mean(),
+        "losses/clipfrac": ((logratio.exp() - 1).abs() > 0.2).float().mean(),
         # kthvalue, because torch.quantile takes 2**24 samples at most
-        "offpolicy/abs_logratio_p95": logratio.abs().kthvalue(math.ceil(0.95 * len(logratio))).values,
+        "offpolicy/abs_logratio_p95": absolute.kthvalue(math.ceil(0.95 * len(absolute))).values,
         "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
         "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
         "offpolicy/coef_mean": coef.mean(),
@@ -116,16 +114,16 @@ def diagnostics(logratio, coef):
 # ------------------------------------------------------- Flags --------------------------------------------------------
 @dataclass
 class Args:
-    env_id: str = "ALE/Breakout-v5"
+    env_id: str = ""
     """environment id; write module:id if a module of yours registers it"""
-    total_timesteps: int = 10_000_000
+    total_timesteps: int = 1_000_000
     """environment steps in total, over all environments; rounded down to whole rollouts (100000 to 10000000)"""
     seed: int = 1
-    """seed of torch and of the environments"""
+    """seed of torch, numpy, Python's random and the environments"""
     exp_name: str = Path(__file__).stem
     """name of the experiment; the name of the run's folder contains it"""
-    device: str | None = None
-    """device of the network and the replay buffer: cpu, cuda, cuda:1 or mps; None uses CUDA if it is available"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """device of the network and the replay buffer: cpu, cuda, cuda:1 or mps (mps not in continuous control)"""
     compile: bool = False
     """compile the gradient step with torch.compile: a slower start, then faster updates of small networks"""
     track: bool = False
@@ -163,7 +161,7 @@ class Args:
     """transitions per minibatch; None splits one rollout evenly, T x N / --num-minibatches (64 to 4096)"""
     norm_adv: bool = True
     """normalize the advantages of each minibatch to mean 0 and standard deviation 1"""
-    ent_coef: float = 0.01
+    ent_coef: float = 0.0
     """weight of the entropy bonus (0 to 0.03)"""
     vf_coef: float = 0.5
     """weight of the value loss (0.25 to 1)"""
@@ -181,50 +179,89 @@ class Args:
     recompute: recompute them in each iteration with the current critic
     vtrace: recompute them, and correct them for the drift of the policy since collection"""
 
-    clip_coef: float = 0.1
+    clip_coef: float = 0.2
     """how far the advantage may push the ratio from 1 before the gradient stops (0.1 to 0.3)"""
     kl_coef: float = 0.0
-    """weight of the KL(mu || pi) term, which pulls pi back towards the behaviour policy mu (0 to 0.3)"""
+    """weight of the KL term (0 to 0.3)"""
+    kl_to: Literal["behaviour", "current"] = "current"
+    """the policy that the KL term pulls back to
+    behaviour: the policy mu that collected the sample
+    current: the policy that the iteration starts from"""
 
 
-# smallest and largest value of the numeric flags
-RANGES = (
-    (0, 2e9, "seed"),
-    (0, 1, "gamma gae_lambda"),
-    (0, 1e9, "policy_lag eval_episodes ent_coef vf_coef kl_coef"),
-    (1, 1e9, "num_envs update_epochs num_minibatches buffer_epochs freeze_buffer_at checkpoint_interval"),
-    (2, 1e9, "num_steps minibatch_size"),
-    (1e-9, 1, "learning_rate"),
-    (1e-9, 1e9, "max_grad_norm"),
-    (1e-9, 1, "clip_coef"),
-)
-EVAL_STEPS = 30_000  # limit of an evaluation episode, because some never end; an ALE game has at most 27,000 steps
+# numbers that may be 0; all others must be larger
+MAY_BE_ZERO = """seed eval_episodes gamma gae_lambda ent_coef vf_coef kl_coef policy_lag freeze_buffer_at
+    sticky_actions""".split()
+
+
+class InputError(ValueError):
+    """A mistake in the flags or in what they name. The command line prints it as one sentence and exits with 2."""
+
+
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
+
+
+@contextlib.contextmanager
+def input_error(what):
+    """Turn any error into an InputError, because each library has its own exceptions."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise InputError(f"{what}: {text} ({type(error).__name__}).") from error
+
+
+def check_flags(args):
+    """Raises InputError if a number is too small, or if a rollout does not divide into minibatches."""
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            rule = "give 0 or more" if name in MAY_BE_ZERO else "give a number above 0"
+            fits = value > 0 or (value == 0 and name in MAY_BE_ZERO)
+            require(fits, f"--{name.replace('_', '-')} {value}: {rule}.")
+    rollout = args.num_steps * args.num_envs
+    divides = rollout % args.num_minibatches == 0 and rollout > args.num_minibatches
+    rule = f"--num-minibatches {args.num_minibatches}: give a proper divisor of {rollout}, a rollout's size."
+    require(args.minibatch_size or divides, rule)
+    require(args.eval_episodes or not args.evaluate, "--eval-episodes 0: give 1 or more.")
 
 
 # --------------------------------------------- Replay buffer, advantages ----------------------------------------------
-class ReplayBuffer(nn.Module):
-    """The last K rollouts of T x N transitions; K = 1 is PPO's storage. It is a module only to have a state_dict.
+class ReplayBuffer:
+    """The last K rollouts of T x N transitions; K = 1 is PPO's storage.
 
     Fields are (K, T + 1, N, ...). The next observation of row t is in row t + 1, so row T holds only an observation.
     `valid` is false in row T and in the row after the end of an episode. The latter is not a transition, because
     gymnasium ignores its action and resets (NEXT_STEP autoreset).
     """
 
-    def __init__(self, obs, actions, args, device):
-        """Allocates the fields; `obs` and `actions` are examples, arrays (N, ...)."""
-        super().__init__()
-        numbers = dict.fromkeys(
-            ("logprobs", "rewards", "values", "advantages", "returns"), np.zeros(len(obs), np.float32)
-        )
-        marks = dict.fromkeys(("terminated", "dones", "valid"), np.zeros(len(obs), bool))
-        for name, array in ({"obs": obs, "actions": actions} | numbers | marks).items():
-            example = torch.as_tensor(array, device=device)
-            self.register_buffer(name, example.new_zeros(args.buffer_epochs, args.num_steps + 1, *example.shape))
-        self.versions = nn.Buffer(torch.full((args.buffer_epochs,), -1))  # iterations of mu, -1 if empty; on the CPU
+    def __init__(self, args, obs, action, logprob):
+        """Allocates the fields; obs (N, ...), action (N, ...) and logprob (N, D) are examples."""
 
-    def rows(self, *names):
-        """Views of these fields, flattened to one row for each of the K x (T + 1) x N entries."""
-        return [getattr(self, name).flatten(0, 2) for name in names]
+        def field(*shape, dtype=torch.float32):
+            rows = args.buffer_epochs, args.num_steps + 1, args.num_envs
+            return torch.zeros(*rows, *shape, dtype=dtype, device=obs.device)
+
+        self.obs = field(*obs.shape[1:], dtype=obs.dtype)
+        self.actions = field(*action.shape[1:], dtype=action.dtype)
+        self.logprobs = field(*logprob.shape[1:])  # of the behaviour policy mu
+        self.start_logprobs = field(*logprob.shape[1:])  # of the policy that the iteration starts from
+        self.rewards = field()
+        self.values = field()
+        self.advantages = field()
+        self.returns = field()
+        self.terminated = field(dtype=torch.bool)
+        self.dones = field(dtype=torch.bool)
+        self.valid = field(dtype=torch.bool)
+        self.versions = torch.full((args.buffer_epochs,), -1)  # iterations of mu, -1 if empty; on the CPU
+
+    def write(self, slot, step, **rows):
+        """Set this step of a rollout; rows are tensors or arrays (N, ...) by the name of the field."""
+        for name, row in rows.items():
+            getattr(self, name)[slot, step] = torch.as_tensor(row)
 
     def sample(self, n):
         """n flat indices of valid transitions, drawn uniformly; none comes twice before all have come once."""
@@ -251,122 +288,66 @@ def compute_gae(rewards, values, ratios, terminated, dones, gamma, gae_lambda):
 
 
 @torch.no_grad()
-def refresh_advantages(buffer, slots, iteration, agent, args):
-    """Recompute advantages and value targets of these slots with the current critic; V-trace also needs the policy."""
-    obs, actions, logprobs, values = buffer.rows("obs", "actions", "logprobs", "values")  # views, to write values
-    ratios = torch.ones_like(buffer.values)
-    index = torch.arange(len(values), device=values.device).view_as(buffer.values)
-    fresh = buffer.versions[slots] == iteration
-    # A fresh rollout was valued while acting, with the same weights; only its final observation is missing.
-    rows = torch.cat([index[slots[~fresh]].flatten(), index[slots[fresh], -1].flatten()])
-    for chunk in rows.split(max(256, 16_384 // obs[0].numel())):  # fits a CPU's cache
-        _, logprob, _, values[chunk] = agent.get_action_and_value(obs[chunk], actions[chunk])
-        if args.advantage_source == "vtrace":
-            ratios.view(-1)[chunk] = (logprob - logprobs[chunk]).clamp(max=0).exp()
+def refresh_advantages(buffer, slots, agent, args):
+    """Recompute values and log-probabilities of the whole buffer, and from them the advantages of these slots."""
+    filled = int((buffer.versions >= 0).sum())  # slots are filled in order
+    obs, actions = buffer.obs[:filled].flatten(0, 2), buffer.actions[:filled].flatten(0, 2)
+    chunks = [agent.get_action_and_value(*chunk) for chunk in zip(obs.split(1024), actions.split(1024))]
+    _, logprobs, _, values = map(torch.cat, zip(*chunks))
+    buffer.start_logprobs[:filled] = logprobs.view_as(buffer.start_logprobs[:filled])
+    buffer.values[:filled] = values.view_as(buffer.values[:filled])
+
+    drift = (buffer.start_logprobs[slots] - buffer.logprobs[slots]).sum(-1)
+    ratios = drift.clamp(max=0).exp() if args.advantage_source == "vtrace" else torch.ones_like(drift)
     rewards = agent.scale_rewards(buffer.rewards[slots, :-1])
     terminated, dones = buffer.terminated[slots, :-1], buffer.dones[slots, :-1]
-    gae = compute_gae(rewards, buffer.values[slots], ratios[slots], terminated, dones, args.gamma, args.gae_lambda)
+    gae = compute_gae(rewards, buffer.values[slots], ratios, terminated, dones, args.gamma, args.gae_lambda)
     buffer.advantages[slots, :-1], buffer.returns[slots, :-1] = gae
 
 
-# ---------------------------------------------- Checkpoints, evaluation -----------------------------------------------
-def require(condition, message, code=2):
-    """Exit with one sentence, on a line apart from the progress bar, unless the condition holds."""
-    if not condition:
-        tqdm.write(f"error: {message}", file=sys.stderr)
-        sys.exit(code)
+# ----------------------------------------------- Environments, networks -----------------------------------------------
+def seed_everything(seed, stream):
+    """Seed all generators; returns the seed of the first environment.
 
-
-@contextlib.contextmanager
-def exit_on_error(what, code=2):
-    """Exit with one sentence instead of a traceback on any error, because each library has its own exceptions."""
-    try:
-        yield
-    except Exception as error:
-        require(False, f"{what}: {' '.join(str(error).split())[:300]} ({type(error).__name__}).", code)
-
-
-def save_checkpoint(folder, iteration, args, parts):
-    """Save everything except the environments. A rename puts the file in place, so that no crash leaves half of it."""
-    checkpoint = {name: part.state_dict() for name, part in parts.items()} | {"iteration": iteration}
-    checkpoint["args"] = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-    checkpoint["rng"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-    with exit_on_error(f"{folder}: the checkpoint cannot be written; any earlier one is kept", code=1):
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "checkpoint.tmp").open("wb") as file:
-            torch.save(checkpoint, file)
-            os.fsync(file.fileno())
-        (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
-
-
-def stream_seed(seed, stream):
-    """Seed of the first environment. `stream` is the iteration that the run starts or resumes with; 10**9 evaluates."""
+    `stream` is the iteration that a run starts or resumes with, or 10**9 for the evaluation. No two streams overlap.
+    """
     # 30 bits, because seed + i must fit ALE's 31
-    return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0]) // 4
+    seed = int(np.random.SeedSequence([seed, stream]).generate_state(1)[0]) // 4
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    return seed
 
 
-def start_envs(make_envs, args, num_envs, seed, **render):
+def start_envs(args, num_envs, seed, **render):
     """Make and reset environments with the seeds `seed`, `seed` + 1, ..."""
-    with exit_on_error(f"--capture-video: {args.env_id} cannot be rendered" if render else f"--env-id {args.env_id}"):
-        envs = make_envs(args, num_envs, seed, **render)
+    flag = "--capture-video" if render else "--env-id"
+    with input_error(f"{flag} {args.env_id}"):
+        envs = args.make_envs(args, num_envs, seed, **render)
         obs, _ = envs.reset(seed=seed)
-        require(not render or np.ndim(envs.render()[0]) == 3, f"--capture-video: {args.env_id} renders no picture.")
+        if render:
+            frame = envs.render()[0]
+            picture = np.shape(frame)[2:] == (3,) and frame.dtype == np.uint8
+            require(picture, f"--capture-video: {args.env_id} renders no (H, W, 3) uint8.")
     return envs, obs
 
 
-class Episodes:
-    """Return, length and success of the episodes of N environments; a success at any step counts."""
-
-    def __init__(self, num_envs):
-        self.running = np.zeros((3, num_envs))
-        self.ended, self.names = [], ["episodic_return", "episodic_length"]
-
-    def step(self, rewards, valid, dones, infos):
-        """Count one step of all environments, (N,) each; episodes that end with it move to `ended`."""
-        self.running[:2] += (rewards * valid, valid)
-        for i in np.flatnonzero(infos.get("_success", False) & valid):
-            if np.ndim(infos["success"]) and isinstance(infos["success"][i], (int, float, np.generic)):
-                self.running[2, i] = max(self.running[2, i], infos["success"][i] > 0)
-                self.names[2:] = ["success_rate"]
-        self.ended += self.running[:, dones].T.tolist()
-        self.running[:, dones] = 0
-
-    def means(self, prefix):
-        """Means over the episodes in `ended`, by tag; success is left out until the environment has reported it."""
-        return {prefix + name: float(np.mean(column)) for name, column in zip(self.names, zip(*self.ended))}
+def ended_episodes(infos, playing=True):
+    """(return, length) of each episode that ended with this step, and its success if the environment reports one."""
+    if "recorded" not in infos:
+        return []
+    columns = [infos["recorded"]["r"], infos["recorded"]["l"]]
+    if "success" in infos:
+        columns.append(infos["success"])
+    ended = np.flatnonzero(infos["_recorded"] & playing)
+    return [tuple(float(column[i]) for column in columns) for i in ended]
 
 
-@torch.no_grad()
-def evaluate(make_envs, agent, args, device, video_path):
-    """Play one full episode in each environment, on seeds that training does not use; print and return the means.
-
-    Actions are sampled. Each environment plays one episode, because the first N to end would over-represent short ones.
-    """
-    render = {"render_mode": "rgb_array"} if args.capture_video else {}
-    num_envs = 1 if args.capture_video else args.eval_episodes
-    envs, obs = start_envs(make_envs, args, num_envs, stream_seed(args.seed, 10**9), **render)
-    episodes, playing = Episodes(num_envs), np.ones(num_envs, bool)
-    if render:
-        from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # slow to import
-
-        size, fps = envs.render()[0].shape[1::-1], envs.metadata.get("render_fps") or 30
-        video = FFMPEG_VideoWriter(str(video_path), size, fps)
-    for _ in range(EVAL_STEPS):
-        if render:
-            video.write_frame(envs.render()[0])
-        action, _, _, _ = agent.get_action_and_value(torch.as_tensor(obs, device=device))
-        obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())
-        dones = playing & (terminations | truncations)
-        episodes.step(reward, playing, dones, infos)
-        playing &= ~dones
-        if not playing.any():
-            break
-    if render:
-        video.close()
-    envs.close()
-    means = episodes.means("eval/")
-    print(f"{len(episodes.ended)} of {num_envs} episodes ended within {EVAL_STEPS} steps: {means}")
-    return means
+def episode_means(episodes, prefix):
+    """Mean return, length and success over episodes, by tag."""
+    names = "episodic_return", "episodic_length", "success_rate"
+    return {prefix + name: float(np.mean(column)) for name, column in zip(names, zip(*episodes))}
 
 
 def layer_init(layer, std=math.sqrt(2)):
@@ -376,27 +357,31 @@ def layer_init(layer, std=math.sqrt(2)):
     return layer
 
 
-# ------------------------------------------------------- Atari --------------------------------------------------------
-@dataclass
-class Atari(Args):
-    """Arcade Learning Environment: 84 x 84 grey pixels, full games, discrete actions."""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "gymnasium>=1.4,<2", "moviepy>=2.2,<3", "numpy>=2,<3", "tensorboard>=2.21", "torch>=2.13,<3",
+#     "tqdm>=4.70", "tyro>=1.0,<2", "wandb>=0.31,<1",
+#     "ale-py>=0.12,<0.13",
+#     "metaworld>=3.1.1,<4", "mujoco>=3.3,<3.17", "packaging",
+#     "minigrid>=3.2,<4",
+# ]
+# ///
 
-    sticky_actions: float = 0.25
-    """probability that the emulator repeats the last action; 0.25 is the v5 standard, 0 is CleanRL's protocol"""
-    life_loss_terminates: bool = True
-    """let a lost life end the return that is learned from; the game and its logged score continue"""
-    bfloat16: bool = False
-    """compute features in bfloat16; faster on GPUs and on CPUs with AMX or AVX512-BF16, far slower on other CPUs"""
+
+# ------------------------------------------------------- Atari --------------------------------------------------------
+import ale_py
+from torch.distributions.categorical import Categorical
 
 
 class ReportLifeLoss(gym.vector.VectorWrapper):
-    """Adds the mask `infos["life_lost"]`; only a decrease counts, because a new game brings the lives back."""
+    """Has the mask `life_lost`; only a decrease counts, because a new game brings the lives back."""
 
     lives = 0
 
     def step(self, actions):
         obs, rewards, terminations, truncations, infos = self.env.step(actions)
-        infos["life_lost"] = infos["lives"] < self.lives
+        self.life_lost = infos["lives"] < self.lives
         self.lives = infos["lives"]
         return obs, rewards, terminations, truncations, infos
 
@@ -434,15 +419,14 @@ def make_atari_envs(args, num_envs, seed, **render):
         if render:
             color = {"img_height": 210, "img_width": 160, "grayscale": False, "stack_num": 1}
             envs = ColorTwin(envs, gym.make_vec(args.env_id, **color, **protocol))
-        if args.life_loss_terminates:
-            envs = ReportLifeLoss(envs)
     else:
         envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", **render)
     obs, action = envs.single_observation_space, envs.single_action_space
     rule = f"--env-id {args.env_id}: use (4, 84, 84) uint8 observations and actions that count from 0; try ALE/Pong-v5."
     require(obs.shape == (4, 84, 84) and obs.dtype == np.uint8, rule)
     require(isinstance(action, gym.spaces.Discrete) and action.start == 0, rule)
-    return envs
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, stats_key="recorded")
+    return ReportLifeLoss(envs) if "ALE/" in args.env_id and args.life_loss_terminates else envs
 
 
 class AtariAgent(nn.Module):
@@ -466,13 +450,14 @@ class AtariAgent(nn.Module):
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
     def get_action_and_value(self, obs, action=None):
+        """Actions, their log-probabilities (B, 1), entropies (B,) and values (B,)."""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
             pixels = obs.to(torch.float32, memory_format=torch.channels_last).div_(255.0)
             hidden = self.network(pixels).float()
         probs = Categorical(logits=self.actor(hidden), validate_args=False)
         if action is None:
             action = probs.sample()
-        return action, probs.log_prob(action), probs.entropy(), self.critic(hidden).squeeze(-1)
+        return action, probs.log_prob(action).unsqueeze(-1), probs.entropy(), self.critic(hidden).squeeze(-1)
 
     def scale_rewards(self, rewards):
         return rewards.clamp(-1, 1)
@@ -481,22 +466,42 @@ class AtariAgent(nn.Module):
         """Pixels and clipped rewards need no statistics."""
 
 
-# ------------------------------------------------- Continuous control -------------------------------------------------
 @dataclass
-class Continuous(Args):
-    """Continuous control: MuJoCo v5 ids, and Meta-World tasks with ids like Meta-World/reach-v3."""
+class Atari(Args):
+    """Arcade Learning Environment: 84 x 84 grey pixels, full games, discrete actions."""
 
-    env_id: str = "HalfCheetah-v5"
-    total_timesteps: int = 1_000_000
-    num_steps: int = 256
-    learning_rate: float = 3e-4
-    update_epochs: int = 10
-    num_minibatches: int = 16
-    ent_coef: float = 0.0
-    clip_coef: float = 0.2
+    make_envs = staticmethod(make_atari_envs)
+    Agent = AtariAgent
+
+    env_id: str = "ALE/Breakout-v5"
+    total_timesteps: int = 10_000_000
+    ent_coef: float = 0.01
+    clip_coef: float = 0.1
+    sticky_actions: float = 0.25
+    """probability that the emulator repeats the last action; 0.25 is the v5 standard, 0 is CleanRL's protocol"""
+    life_loss_terminates: bool = True
+    """let a lost life end the return that is learned from; the game and its logged score continue"""
+    bfloat16: bool = False
+    """compute features in bfloat16; faster on GPUs and on CPUs with AMX or AVX512-BF16, far slower on other CPUs"""
 
 
-RANDOM_STEPS = 64  # per environment; the statistics start from them
+# ------------------------------------------------- Continuous control -------------------------------------------------
+from torch.distributions.normal import Normal
+
+
+class AnySuccess(gym.Wrapper):
+    """An episode succeeds if any of its steps reports a success."""
+
+    def reset(self, **kwargs):
+        self.success = False
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.success |= bool(info.get("success", False))
+        if "success" in info or self.success:
+            info["success"] = self.success
+        return obs, reward, terminated, truncated, info
 
 
 def make_continuous_envs(args, num_envs, seed, **render):
@@ -506,18 +511,23 @@ def make_continuous_envs(args, num_envs, seed, **render):
 
     def make_env(seed):
         task = args.env_id.removeprefix("Meta-World/")
-        if task == args.env_id:
+        if task != args.env_id:
+            # the goals depend on this seed, not on reset's
+            env = gym.make("metaworld:Meta-World/MT1", env_name=task, seed=seed, disable_env_checker=True, **render)
+        else:
             # gymnasium's default view stands still, and a robot that runs leaves it
             camera = {"camera_name": "track"} if "gymnasium.envs.mujoco" in str(gym.registry.get(task)) else {}
-            return gym.make(task, disable_env_checker=True, **render, **camera)
-        # the goals depend on this seed, not on reset's
-        return gym.make("metaworld:Meta-World/MT1", env_name=task, seed=seed, disable_env_checker=True, **render)
+            env = gym.make(task, disable_env_checker=True, **render, **camera)
+        return AnySuccess(env)
 
     envs = gym.vector.SyncVectorEnv([lambda i=i: make_env(seed + i) for i in range(num_envs)])
-    for space in (envs.single_observation_space, envs.single_action_space):
-        rule = f"--env-id {args.env_id}: observations and actions must be flat boxes, not {space}; try HalfCheetah-v5."
-        require(isinstance(space, gym.spaces.Box) and len(space.shape) == 1, rule)
     box = envs.single_action_space
+    for space in (envs.single_observation_space, box):
+        rule = f"--env-id {args.env_id}: observations and actions must be flat boxes, not {space}; try HalfCheetah-v5."
+        require(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0, rule)
+    rule = f"--env-id {args.env_id}: actions must be of a floating point type, not {box}."
+    require(np.issubdtype(box.dtype, np.floating), rule)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, stats_key="recorded")
     envs = gym.wrappers.vector.TransformAction(envs, lambda actions: np.clip(actions, box.low, box.high))
     return gym.wrappers.vector.TransformObservation(envs, lambda obs: obs.astype(np.float32))
 
@@ -527,13 +537,14 @@ class RunningMeanStd(nn.Module):
 
     def __init__(self, shape):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("count", torch.zeros(()))
+        # float64, because a float32 mean of 1e8 samples no longer moves
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, x):
         """Add samples, (B, *shape)."""
-        batch_var, batch_mean = torch.var_mean(x, 0, correction=0)
+        batch_var, batch_mean = torch.var_mean(x.double(), 0, correction=0)
         share = len(x) / (self.count + len(x))
         delta = batch_mean - self.mean
         self.mean += share * delta
@@ -553,38 +564,36 @@ class ContinuousAgent(nn.Module):
 
     def __init__(self, envs, args):
         super().__init__()
-        space = envs.single_action_space
-        obs_dim, action_dim = envs.single_observation_space.shape[0], space.shape[0]
-        if any(10 < abs(bound) < math.inf for bound in (*space.low, *space.high)):
-            print(f"warning: actions start as samples of N(0, 1), but the space is {space}; rescale it to [-1, 1].")
+        box = envs.single_action_space
+        obs_dim, action_dim = envs.single_observation_space.shape[0], box.shape[0]
+        low, high = torch.as_tensor(box.low), torch.as_tensor(box.high)
+        inside = Normal(0, 1).cdf(high) - Normal(0, 1).cdf(low)
+        if inside.min() < 0.05 or any(10 < abs(bound) < math.inf for bound in (*box.low, *box.high)):
+            print(f"warning: actions start as samples of N(0, 1), but the space is {box}; rescale it to [-1, 1].")
         self.gamma = args.gamma
+        self.ratio = args.ratio
         self.obs_stats = RunningMeanStd((obs_dim,))
         self.return_stats = RunningMeanStd(())
-        self.register_buffer("discounted_return", torch.zeros(args.num_envs), persistent=False)
+        self.register_buffer("discounted_return", torch.zeros(envs.num_envs), persistent=False)
         self.critic = mlp(obs_dim, 1, std=1.0)
         self.actor_mean = mlp(obs_dim, action_dim, std=0.01)
         self.actor_logstd = nn.Parameter(torch.zeros(1, action_dim))
 
-        # A few random steps start the statistics. They are neither counted nor learned from.
-        envs.action_space.seed(args.seed)
-        rows, valid = [], np.ones(envs.num_envs, bool)
-        for step in range(RANDOM_STEPS):
-            obs, reward, terminations, truncations, _ = envs.step(envs.action_space.sample())
-            dones = terminations | truncations | (step == RANDOM_STEPS - 1)  # the run itself starts with a reset
-            rows.append((obs, reward.astype(np.float32), dones, valid))
-            valid = ~dones
-        self.update_statistics(*(torch.as_tensor(np.stack(column)) for column in zip(*rows)))
-
     def get_action_and_value(self, obs, action=None):
-        obs = ((obs - self.obs_stats.mean) / torch.sqrt(self.obs_stats.var + 1e-8)).clamp(-10, 10)
+        """Actions, their log-probabilities (B, 1) or (B, dimensions), entropies (B,) and values (B,)."""
+        obs = (obs - self.obs_stats.mean.float()) / torch.sqrt(self.obs_stats.var.float() + 1e-8)
+        obs = obs.clamp(-10, 10)
         action_mean = self.actor_mean(obs)
         probs = Normal(action_mean, self.actor_logstd.expand_as(action_mean).exp(), validate_args=False)
         if action is None:
             action = probs.sample()
-        return action, probs.log_prob(action.float()).sum(-1), probs.entropy().sum(-1), self.critic(obs).squeeze(-1)
+        logprob = probs.log_prob(action)
+        if self.ratio == "action":
+            logprob = logprob.sum(-1, keepdim=True)
+        return action, logprob, probs.entropy().sum(-1), self.critic(obs).squeeze(-1)
 
     def scale_rewards(self, rewards):
-        return (rewards / torch.sqrt(self.return_stats.var + 1e-8)).clamp(-10, 10)
+        return (rewards / torch.sqrt(self.return_stats.var.float() + 1e-8)).clamp(-10, 10)
 
     def update_statistics(self, obs, rewards, dones, valid):
         """Add a rollout, (T, N, D) and (T, N), to the statistics of observations and of discounted returns."""
@@ -596,19 +605,27 @@ class ContinuousAgent(nn.Module):
         self.return_stats.update(returns[valid])
 
 
-# -------------------------------------------------- MiniGrid vision ---------------------------------------------------
 @dataclass
-class Minigrid(Args):
-    """MiniGrid and BabyAI from pixels and words: the agent's 56 x 56 view and the mission."""
+class Continuous(Args):
+    """Continuous control: MuJoCo v5 ids, and Meta-World tasks with ids like Meta-World/reach-v3."""
 
-    env_id: str = "MiniGrid-Fetch-5x5-N2-v0"
-    total_timesteps: int = 150_000
-    num_envs: int = 16
-    num_steps: int = 64
-    learning_rate: float = 1e-3
-    ent_coef: float = 0.03
-    clip_coef: float = 0.2
+    make_envs = staticmethod(make_continuous_envs)
+    Agent = ContinuousAgent
 
+    env_id: str = "HalfCheetah-v5"
+    num_steps: int = 256
+    learning_rate: float = 3e-4
+    update_epochs: int = 10
+    num_minibatches: int = 16
+    ratio: Literal["action", "dimension"] = "action"
+    """importance ratio of a whole action, or one for each of its dimensions"""
+
+
+# -------------------------------------------------- MiniGrid vision ---------------------------------------------------
+from functools import cache
+
+import minigrid
+from torch.distributions.categorical import Categorical
 
 # every word in the missions of minigrid 3.2 and its BabyAI levels; id 0 is padding
 VOCABULARY = """a after and at avoid ball behind blue box door end fetch find from front get go goal green grey
@@ -682,7 +699,8 @@ def make_minigrid_envs(args, num_envs, seed, **render):
         require(isinstance(action, gym.spaces.Discrete) and action.start == 0, rule)
         return PixelsAndWords(env, args.env_id)
 
-    return gym.vector.SyncVectorEnv([make_env] * num_envs)
+    envs = gym.vector.SyncVectorEnv([make_env] * num_envs)
+    return gym.wrappers.vector.RecordEpisodeStatistics(envs, stats_key="recorded")
 
 
 class MinigridAgent(nn.Module):
@@ -702,6 +720,7 @@ class MinigridAgent(nn.Module):
         self.critic = layer_init(nn.Linear(128, 1), std=1.0)
 
     def get_action_and_value(self, obs, action=None):
+        """Actions, their log-probabilities (B, 1), entropies (B,) and values (B,)."""
         pixels = obs[:, :PIXELS].view(-1, VIEW, VIEW, 3).permute(0, 3, 1, 2) / 127.5 - 1
         patches = self.norm(self.patches(pixels).flatten(2).mT)  # (B, 49, 128)
         scale = 1 + self.words(obs[:, PIXELS:].int()).unsqueeze(1)
@@ -709,7 +728,7 @@ class MinigridAgent(nn.Module):
         probs = Categorical(logits=self.actor(hidden), validate_args=False)
         if action is None:
             action = probs.sample()
-        return action, probs.log_prob(action), probs.entropy(), self.critic(hidden).squeeze(-1)
+        return action, probs.log_prob(action).unsqueeze(-1), probs.entropy(), self.critic(hidden).squeeze(-1)
 
     def scale_rewards(self, rewards):
         return rewards
@@ -718,178 +737,289 @@ class MinigridAgent(nn.Module):
         """Pixels, words and rewards of at most 1 need no statistics."""
 
 
+@dataclass
+class Minigrid(Args):
+    """MiniGrid and BabyAI from pixels and words: the agent's 56 x 56 view and the mission."""
+
+    make_envs = staticmethod(make_minigrid_envs)
+    Agent = MinigridAgent
+
+    env_id: str = "MiniGrid-Fetch-5x5-N2-v0"
+    total_timesteps: int = 150_000
+    num_envs: int = 16
+    num_steps: int = 64
+    learning_rate: float = 1e-3
+    ent_coef: float = 0.03
+
+
+# ------------------------------------------------------ Training ------------------------------------------------------
+EVAL_STEPS = 30_000  # limit of an evaluation episode, because some never end; an ALE game has at most 27,000 steps
+NOT_SAVED = ("resume", "evaluate", "eval_episodes", "capture_video")  # flags of one command, not of a run
+# flags that give a checkpoint its shape
+FIXED = ("env_id", "num_envs", "num_steps", "buffer_epochs", "policy_lag", "ratio")
+
+
+def save_checkpoint(folder, iteration, args, agent, optimizer, buffer, actors):
+    """Save everything except the environments. A rename puts the file in place, so that no crash leaves half of it."""
+    checkpoint = {
+        "script": f"{Path(__file__).stem} {type(args).__name__.lower()}",
+        "args": {name: value for name, value in vars(args).items() if name not in NOT_SAVED},
+        "iteration": iteration,
+        "agent": agent.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "buffer": vars(buffer),
+        "actors": [actor.state_dict() for actor in actors],
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all(),
+    }
+    temporary = folder / "checkpoint.tmp"
+    try:
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            os.fsync(file.fileno())
+        temporary.replace(folder / "checkpoint.pt")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(folder):
+    """What save_checkpoint saved in a run's folder, on the CPU. Raises InputError if it is missing or damaged."""
+    path = folder / "checkpoint.pt"
+    with input_error(f"{folder} has no checkpoint that this script can read"):
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not notice flipped bits
+        require(not damaged, f"{path} is damaged.")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@torch.no_grad()
+def evaluate(args, weights, video_path):
+    """Play one full episode in each environment, on seeds that training does not use; print and return the means.
+
+    `weights` is the agent's state_dict. Actions are sampled. Each environment plays one episode, because the first N
+    to end would over-represent short ones.
+    """
+    num_envs = 1 if args.capture_video else args.eval_episodes
+    render = {"render_mode": "rgb_array"} if args.capture_video else {}
+    envs, obs = start_envs(args, num_envs, seed_everything(args.seed, 10**9), **render)
+    episodes, playing, video = [], np.ones(num_envs, bool), None
+    with contextlib.closing(envs):
+        agent = args.Agent(envs, args).to(args.device)
+        agent.load_state_dict(weights)
+        if args.capture_video:
+            from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # slow to import
+
+            size, fps = envs.render()[0].shape[1::-1], envs.metadata.get("render_fps") or 30
+            video = FFMPEG_VideoWriter(str(video_path), size, fps)
+        for _ in range(EVAL_STEPS):
+            if video:
+                try:
+                    video.write_frame(envs.render()[0])
+                except Exception as error:  # the evaluation goes on
+                    print(f"warning: the video ends early: {error}")
+                    video.close()
+                    video = None
+            action, _, _, _ = agent.get_action_and_value(torch.as_tensor(obs, device=args.device))
+            obs, _, terminations, truncations, infos = envs.step(action.cpu().numpy())
+            episodes += ended_episodes(infos, playing)
+            playing &= ~(terminations | truncations)
+            if not playing.any():
+                break
+        if video:
+            video.close()
+    found = episode_means(episodes, "eval/")
+    print(f"{len(episodes)} of {num_envs} episodes ended within {EVAL_STEPS} steps: {found}")
+    return found
+
+
+def train(args, checkpoint=None):
+    """Train an agent. Returns it and the run's folder, which has the log and the checkpoint.
+
+    `checkpoint`, from load_checkpoint, continues the run in the folder `args.resume`. Raises InputError before
+    anything is created, FloatingPointError if a value is not finite, and OSError if the folder cannot be written.
+    """
+    check_flags(args)
+    batch_size = args.num_steps * args.num_envs
+    minibatch_size = args.minibatch_size or batch_size // args.num_minibatches
+    num_iterations = args.total_timesteps // batch_size
+    first_iteration = checkpoint["iteration"] if checkpoint else 0
+    global_step = first_step = first_iteration * batch_size
+    rule = f"--total-timesteps {args.total_timesteps}: give at least {first_step + batch_size}."
+    require(first_iteration < num_iterations, rule)
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"  # no two runs may share it
+    folder = args.resume or Path("runs", re.sub(r"[^\w.-]", "-", run_name))
+    if checkpoint:
+        for name in FIXED:
+            saved = checkpoint["args"].get(name)
+            rule = f"--{name.replace('_', '-')}: {folder} has {saved}, and a resumed run cannot change it."
+            require(vars(args).get(name) == saved, rule)
+
+    seed = seed_everything(args.seed, first_iteration)
+    if args.capture_video:  # to fail now, not after the training
+        start_envs(args, 1, seed, render_mode="rgb_array")[0].close()
+    with contextlib.ExitStack() as stack:
+        envs, obs = start_envs(args, args.num_envs, seed)
+        stack.callback(envs.close)
+        with input_error(f"--device {args.device}"):
+            agent = args.Agent(envs, args).to(args.device)
+            next_obs = torch.as_tensor(obs, device=args.device)
+        next_valid = np.ones(args.num_envs, bool)
+        # a tensor, because --compile would bake in a number
+        lr = torch.tensor(args.learning_rate)
+        optimizer = torch.optim.Adam(agent.parameters(), lr, eps=1e-5, fused=not args.compile)
+        action, logprob, _, _ = agent.get_action_and_value(next_obs)
+        buffer = ReplayBuffer(args, next_obs, action, logprob)
+        actors = deque(maxlen=args.policy_lag + 1)  # the policies of the last L + 1 iterations, the oldest first
+        if checkpoint:
+            agent.load_state_dict(checkpoint["agent"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            for name, field in vars(buffer).items():
+                field.copy_(checkpoint["buffer"][name])
+            for weights in checkpoint["actors"]:
+                actors.append(copy.deepcopy(agent))
+                actors[-1].load_state_dict(weights)
+            torch.set_rng_state(checkpoint["rng"])
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(folder, first_iteration, args, agent, optimizer, buffer, actors)
+        if args.track:
+            import wandb
+
+            wandb.init(name=folder.name, sync_tensorboard=True, config=vars(args))
+        # steps after the checkpoint are logged again
+        writer = stack.enter_context(SummaryWriter(folder, purge_step=first_step + 1))
+        table = ["| flag | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in vars(args).items())]
+        writer.add_text("hyperparameters", "\n".join(table), first_step)
+        gradient_step = update
+        if args.compile:
+            torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph: 1.6 times as fast
+            gradient_step = torch.compile(update)
+        stops = []
+
+        def stop(signum, frame):
+            print("\nstops after this iteration; once more ends the program at once", flush=True)
+            stops.append(signum)
+            signal.signal(signum, signal.SIG_DFL)
+
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(signum, stop)
+            stack.callback(signal.signal, signum, before)
+        print(f"{folder}: {'goes on' if checkpoint else 'starts'} after step {first_step}")
+        start_time = time.time()
+        progress = tqdm(range(first_iteration, num_iterations), initial=first_iteration, total=num_iterations)
+
+        for iteration in progress:
+            lr = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"].fill_(lr)
+            actors.append(copy.deepcopy(agent))
+            slot = iteration % args.buffer_epochs  # the oldest rollout, which the new one overwrites
+            frozen = args.freeze_buffer_at is not None and global_step >= args.freeze_buffer_at
+            episodes = []
+
+            # Rollout
+            for step in range(args.num_steps):
+                obs, valid = next_obs, next_valid
+                with torch.no_grad():
+                    action, logprob, _, _ = actors[0].get_action_and_value(obs)
+                next_obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())
+                next_obs = torch.as_tensor(next_obs, device=args.device)
+                next_valid = ~(terminations | truncations)
+                episodes += ended_episodes(infos)
+                if not frozen:
+                    # in Atari a lost life ends the return, but the game continues, so no autoreset follows
+                    terminated = terminations | getattr(envs, "life_lost", False)
+                    buffer.write(slot, step, obs=obs, actions=action, logprobs=logprob, rewards=reward)
+                    buffer.write(slot, step, terminated=terminated, dones=terminated | truncations, valid=valid)
+            if not frozen:
+                buffer.obs[slot, -1] = next_obs
+                buffer.versions[slot] = iteration + 1 - len(actors)
+            global_step += batch_size
+
+            # Advantages
+            filled = buffer.versions >= 0
+            fresh = [] if frozen else [slot]
+            refresh_advantages(buffer, fresh if args.advantage_source == "stored" else filled, agent, args)
+
+            # Update
+            names = ("obs", "actions", "logprobs", "start_logprobs", "advantages", "returns")
+            batch = [getattr(buffer, name).flatten(0, 2) for name in names]
+            logged = []
+            for _ in range(args.update_epochs):
+                b_inds = buffer.sample(args.num_minibatches * minibatch_size)
+                for mb_inds in b_inds.split(minibatch_size):
+                    logged.append(gradient_step(agent, optimizer, *(field[mb_inds] for field in batch), args))
+            if not frozen:  # only now, because the update must start from the policy that acted
+                names = ("obs", "rewards", "dones", "valid")
+                agent.update_statistics(*(getattr(buffer, name)[slot, :-1] for name in names))
+
+            # Logging
+            losses, logratios, advantages = zip(*logged)
+            scalars = {tag: torch.stack([loss[tag] for loss in losses]).mean() for tag in losses[0]}
+            scalars |= diagnostics(torch.cat(logratios), torch.cat(advantages), args)
+            y_pred, y_true = buffer.values.flatten()[b_inds], buffer.returns.flatten()[b_inds]
+            scalars["losses/explained_variance"] = 1 - (y_true - y_pred).var() / y_true.var().clamp(min=1e-8)
+            ages = iteration - buffer.versions[filled].float()
+            scalars |= {"offpolicy/age_mean": ages.mean(), "offpolicy/age_max": ages.max()}
+            scalars |= episode_means(episodes, "charts/")
+            seconds = time.time() - start_time
+            scalars |= {"charts/learning_rate": lr, "charts/SPS": (global_step - first_step) / seconds}
+            checked = {"observations": buffer.obs[slot], "rewards": buffer.rewards[slot]}
+            checked |= scalars | agent.state_dict()
+            broken = [name for name, value in checked.items() if not torch.as_tensor(value).isfinite().all()]
+            if broken:
+                sentence = f"{broken[:3]} not finite in iteration {iteration}; {folder} keeps its last checkpoint."
+                raise FloatingPointError(sentence)
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, global_step)
+            if episodes:
+                progress.set_postfix(episodic_return=f"{scalars['charts/episodic_return']:.4g}")
+            if stops or iteration + 1 == num_iterations or (iteration + 1) % args.checkpoint_interval == 0:
+                writer.flush()  # before the checkpoint, which must not be ahead of the log
+                save_checkpoint(folder, iteration + 1, args, agent, optimizer, buffer, actors)
+            if stops:
+                print(f"stopped after step {global_step}; --resume {folder} goes on if steps are left")
+                sys.exit(128 + stops[0])
+
+    if args.eval_episodes:
+        found = evaluate(args, agent.state_dict(), folder / f"{global_step}.mp4")
+        with SummaryWriter(folder) as writer:
+            for tag, value in found.items():
+                writer.add_scalar(tag, value, global_step)
+    return agent, folder
+
+
 # ---------------------------------------------------- Command line ----------------------------------------------------
-DOMAINS = {
-    Atari: (make_atari_envs, AtariAgent),
-    Continuous: (make_continuous_envs, ContinuousAgent),
-    Minigrid: (make_minigrid_envs, MinigridAgent),
-}
+Domain = Atari | Continuous | Minigrid
 
 
 def read_args():
     """The flags, and the checkpoint of --resume or --evaluate. Its flags apply, except those given now."""
-    Flags = Union[tuple(DOMAINS)]  # noqa: UP007 (one class here, three in the baseline)
-    args, checkpoint = tyro.cli(Flags, description=__doc__), {"iteration": 0}
-    folder = args.evaluate or args.resume
-    if folder:
-        with exit_on_error(f"{folder} has no checkpoint that this script can read"):
-            damaged = zipfile.ZipFile(folder / "checkpoint.pt").testzip()  # torch.load does not notice flipped bits
-            checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            require(not damaged and checkpoint["iteration"] >= 0, f"{folder / 'checkpoint.pt'} is damaged.")
-            args = replace(args, **checkpoint["args"])
-        args = tyro.cli(Flags, description=__doc__, default=args)
+    args = tyro.cli(Domain, description=__doc__)
+    folder = args.resume or args.evaluate
+    if not folder:
+        return args, None
+    checkpoint = load_checkpoint(folder)
+    script = f"{Path(__file__).stem} {type(args).__name__.lower()}"
+    own = checkpoint.get("script")
+    require(own == script, f"{folder} is a run of {own}, not of {script}.")
+    args = replace(args, **checkpoint["args"])
+    return tyro.cli(Domain, description=__doc__, default=args), checkpoint
 
-    for low, high, names in RANGES:
-        for name in names.split():
-            value = getattr(args, name)
-            rule = f"--{name.replace('_', '-')} {value}: give {low:g} to {high:g}."
-            require(value is None or low <= value <= high, rule)
-    rollout = args.num_steps * args.num_envs
-    least = rollout if args.evaluate else (checkpoint["iteration"] + 1) * rollout
-    fits = args.minibatch_size or (rollout % args.num_minibatches == 0 and rollout > args.num_minibatches)
-    require(least <= args.total_timesteps, f"--total-timesteps {args.total_timesteps}: give at least {least}.")
-    require(fits, f"--num-minibatches {args.num_minibatches}: give a proper divisor of {rollout}, a rollout's size.")
-    require(args.eval_episodes or not (args.evaluate or args.capture_video), "--eval-episodes 0: give 1 or more.")
-    return args, checkpoint
+
+def main():
+    """Train or evaluate as the command line says. Returns the exit code."""
+    try:
+        args, checkpoint = read_args()
+        if args.evaluate:
+            check_flags(args)
+            step = checkpoint["iteration"] * args.num_steps * args.num_envs
+            evaluate(args, checkpoint["agent"], args.evaluate / f"{step}.mp4")
+        else:
+            train(args, checkpoint)
+    except (InputError, FloatingPointError, OSError) as error:
+        tqdm.write(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
 
 
 if __name__ == "__main__":
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # it is None after `2>&-`
-    args, checkpoint = read_args()
-    make_envs, Agent = DOMAINS[type(args)]
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = True  # so that one seed gives one result on a GPU too
-    with exit_on_error(f"--device {args.device}"):
-        device = torch.zeros(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    batch_size = args.num_steps * args.num_envs
-    minibatch_size = args.minibatch_size or batch_size // args.num_minibatches
-    num_iterations = args.total_timesteps // batch_size
-    first_iteration = checkpoint["iteration"]
-    global_step = first_step = first_iteration * batch_size
-
-    seed = stream_seed(args.seed, first_iteration)
-    envs, obs = start_envs(make_envs, args, args.num_envs, seed)
-    agent = Agent(envs, args).to(device)
-    # a tensor, because --compile would bake in a number
-    optimizer = torch.optim.Adam(agent.parameters(), torch.tensor(args.learning_rate), eps=1e-5, fused=not args.compile)
-    buffer = ReplayBuffer(obs, envs.action_space.sample(), args, device)
-    actors = nn.ModuleList(copy.deepcopy(agent) for _ in range(args.policy_lag + 1))  # version v is at v % (L + 1)
-    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer, "actors": actors}
-    resumed = args.evaluate or args.resume
-    if resumed:
-        with exit_on_error(f"the checkpoint of {resumed} does not fit these flags"):
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint.pop(name))
-            torch.set_rng_state(checkpoint["rng"][0])
-            torch.cuda.set_rng_state_all(checkpoint["rng"][1:][: torch.cuda.device_count()])
-
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"  # no two runs may share it
-    folder = resumed or Path("runs", re.sub(r"[^\w.-]", "-", run_name))
-    if args.evaluate:
-        evaluate(make_envs, agent, args, device, folder / f"{global_step}.mp4")
-        sys.exit()
-    if args.capture_video:
-        start_envs(make_envs, args, 1, seed, render_mode="rgb_array")[0].close()  # to fail now, not after the training
-    if args.track:
-        try:
-            import wandb
-
-            wandb.init(name=folder.name, sync_tensorboard=True, config=vars(args))
-        except Exception as error:  # tracking must not end a run
-            print(f"warning: the run goes on without Weights and Biases: {error}", file=sys.stderr)
-    save_checkpoint(folder, first_iteration, args, parts)
-    writer = SummaryWriter(folder, purge_step=first_step + 1)  # steps after the checkpoint are logged again
-    writer.add_text("hyperparameters", f"`{args}`", first_step)
-    print(f"{folder}: {'goes on' if resumed else 'starts'} after step {first_step}")
-    if args.compile:
-        gradient_step = torch.compile(gradient_step)
-        torch._dynamo.config.trace_autograd_ops = True
-    stops = []  # signals received; the run stops at the end of the iteration
-    handlers = {
-        s: signal.signal(s, lambda signum, _: stops.append(signum))
-        for s in signal.Signals
-        if s.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(s) != signal.SIG_IGN  # nohup ignores SIGHUP
-    }
-
-    next_obs = torch.as_tensor(envs.reset(seed=seed)[0], device=device)  # again: the agent may have taken random steps
-    next_valid = np.ones(args.num_envs, bool)
-    episodes = Episodes(args.num_envs)
-    start_time = time.time()
-    progress = tqdm(range(first_iteration, num_iterations), initial=first_iteration, total=num_iterations)
-
-    for iteration in progress:
-        lr = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1)
-        optimizer.param_groups[0]["lr"].fill_(lr)
-        version = max(0, iteration - args.policy_lag)
-        actors[iteration % len(actors)].load_state_dict(agent.state_dict())
-        frozen = args.freeze_buffer_at is not None and global_step >= args.freeze_buffer_at
-        slot = iteration % args.buffer_epochs  # the oldest rollout, which the new one overwrites
-        rollout = {name: field[slot] for name, field in buffer.named_buffers()}  # views
-
-        # Rollout
-        episodes.ended.clear()
-        for step in range(args.num_steps):
-            obs, valid = next_obs, next_valid
-            with torch.no_grad():
-                action, logprob, _, value = actors[version % len(actors)].get_action_and_value(obs)
-            next_obs, reward, terminations, truncations, infos = envs.step(action.cpu().numpy())
-            next_obs = torch.as_tensor(next_obs, device=device)
-            next_valid = ~(terminations | truncations)
-            episodes.step(reward, valid, ~next_valid, infos)
-            if not frozen:
-                # in Atari a lost life ends the return, but the game continues, so no autoreset follows
-                terminated = terminations | infos.get("life_lost", False)
-                row = {"obs": obs, "actions": action, "logprobs": logprob, "values": value, "rewards": reward}
-                row |= {"terminated": terminated, "dones": terminated | truncations, "valid": valid}
-                for name, entry in row.items():
-                    rollout[name][step] = torch.as_tensor(entry)
-        if not frozen:
-            rollout["obs"][-1] = next_obs
-            rollout["versions"].fill_(version)
-        global_step += batch_size
-
-        # Advantages
-        slots = (buffer.versions >= 0).nonzero().squeeze(1)
-        ages = iteration - buffer.versions[slots].float()
-        if args.advantage_source == "stored":
-            slots = slots[:0] if frozen else slots[slots == slot]  # advantages are computed once
-        refresh_advantages(buffer, slots, iteration, agent, args)
-
-        # Update
-        batch = buffer.rows("obs", "actions", "logprobs", "advantages", "returns")
-        logged = []
-        for _ in range(args.update_epochs):
-            b_inds = buffer.sample(args.num_minibatches * minibatch_size)
-            for mb_inds in b_inds.split(minibatch_size):
-                logged.append(gradient_step(agent, optimizer, [field[mb_inds] for field in batch], args))
-        if not frozen:  # only now, because the update must start from the policy that acted
-            agent.update_statistics(*(rollout[name][:-1] for name in ("obs", "rewards", "dones", "valid")))
-
-        # Logging
-        losses, logratios, coefs = zip(*logged)
-        y_pred, y_true = buffer.values.flatten()[b_inds], buffer.returns.flatten()[b_inds]
-        scalars = {tag: torch.stack([loss[tag] for loss in losses]).mean() for tag in losses[0]}
-        scalars |= diagnostics(torch.cat(logratios), torch.cat(coefs))
-        scalars["losses/explained_variance"] = 1 - (y_true - y_pred).var() / y_true.var().clamp(min=1e-8)
-        scalars |= {"offpolicy/age_mean": ages.mean(), "offpolicy/age_max": ages.max()}
-        scalars |= episodes.means("charts/")
-        scalars |= {"charts/learning_rate": lr, "charts/SPS": (global_step - first_step) / (time.time() - start_time)}
-        checked = {"observations": rollout["obs"], "rewards": rollout["rewards"]} | scalars | agent.state_dict()
-        broken = [name for name, value in checked.items() if not torch.as_tensor(value).isfinite().all()]
-        require(not broken, f"{broken[:3]} not finite in iteration {iteration}; {folder} keeps its last checkpoint.", 1)
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, global_step)
-        progress.set_postfix(episodic_return=scalars.get("charts/episodic_return"))
-        if stops or iteration + 1 == num_iterations or (iteration + 1) % args.checkpoint_interval == 0:
-            writer.flush()  # before the checkpoint, which must not be ahead of the log
-            save_checkpoint(folder, iteration + 1, args, parts)
-        if stops:
-            print(f"stopped after step {global_step}; --resume {folder} goes on if steps are left")
-            sys.exit(128 + stops[0])
-
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    if args.eval_episodes:
-        for tag, value in evaluate(make_envs, agent, args, device, folder / f"{global_step}.mp4").items():
-            writer.add_scalar(tag, value, global_step)
-    writer.close()
+    sys.exit(main())
