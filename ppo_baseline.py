@@ -28,6 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads of two runs at once block each other else
+
 import gymnasium as gym
 import numpy as np
 import torch
@@ -114,6 +116,8 @@ def diagnostics(logratio, advantages, args):
 # ------------------------------------------------------- Flags --------------------------------------------------------
 @dataclass
 class Args:
+    num_threads = 1  # of torch; more slow small networks down. OMP_NUM_THREADS wins
+
     env_id: str = ""
     """environment id; write module:id if a module of yours registers it"""
     total_timesteps: int = 1_000_000
@@ -190,8 +194,7 @@ class Args:
 
 
 # numbers that may be 0; all others must be larger
-MAY_BE_ZERO = """seed eval_episodes gamma gae_lambda ent_coef vf_coef kl_coef policy_lag freeze_buffer_at
-    sticky_actions""".split()
+MAY_BE_ZERO = "seed eval_episodes gamma gae_lambda ent_coef vf_coef kl_coef policy_lag sticky_actions".split()
 
 
 class InputError(ValueError):
@@ -201,6 +204,12 @@ class InputError(ValueError):
 def require(condition, message):
     if not condition:
         raise InputError(message)
+
+
+def refuse(envs, message):
+    """Close environments that no agent here can play, and say why."""
+    envs.close()
+    raise InputError(message)
 
 
 @contextlib.contextmanager
@@ -226,6 +235,7 @@ def check_flags(args):
     divides = rollout % args.num_minibatches == 0 and rollout > args.num_minibatches
     rule = f"--num-minibatches {args.num_minibatches}: give a proper divisor of {rollout}, a rollout's size."
     require(args.minibatch_size or divides, rule)
+    require(args.minibatch_size != 1, "--minibatch-size 1: give 2 or more.")
     require(args.eval_episodes or not args.evaluate, "--eval-episodes 0: give 1 or more.")
 
 
@@ -320,17 +330,19 @@ def seed_everything(seed, stream):
     return seed
 
 
+@contextlib.contextmanager
 def start_envs(args, num_envs, seed, **render):
-    """Make and reset environments with the seeds `seed`, `seed` + 1, ..."""
+    """Environments with the seeds `seed`, `seed` + 1, ... and their first observations; closed at the end."""
     flag = "--capture-video" if render else "--env-id"
     with input_error(f"{flag} {args.env_id}"):
         envs = args.make_envs(args, num_envs, seed, **render)
-        obs, _ = envs.reset(seed=seed)
-        if render:
-            frame = envs.render()[0]
+    with contextlib.closing(envs):
+        with input_error(f"{flag} {args.env_id}"):
+            obs, _ = envs.reset(seed=seed)
+            frame = envs.render()[0] if render else np.zeros((1, 1, 3), np.uint8)
             picture = np.shape(frame)[2:] == (3,) and frame.dtype == np.uint8
             require(picture, f"--capture-video: {args.env_id} renders no (H, W, 3) uint8.")
-    return envs, obs
+        yield envs, obs
 
 
 def ended_episodes(infos, playing=True):
@@ -422,9 +434,10 @@ def make_atari_envs(args, num_envs, seed, **render):
     else:
         envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", **render)
     obs, action = envs.single_observation_space, envs.single_action_space
-    rule = f"--env-id {args.env_id}: use (4, 84, 84) uint8 observations and actions that count from 0; try ALE/Pong-v5."
-    require(obs.shape == (4, 84, 84) and obs.dtype == np.uint8, rule)
-    require(isinstance(action, gym.spaces.Discrete) and action.start == 0, rule)
+    frames = obs.shape == (4, 84, 84) and obs.dtype == np.uint8
+    if not (frames and isinstance(action, gym.spaces.Discrete) and action.start == 0):
+        rule = "use (4, 84, 84) uint8 observations and actions that count from 0; try ALE/Pong-v5."
+        refuse(envs, f"--env-id {args.env_id}: {rule}")
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, stats_key="recorded")
     return ReportLifeLoss(envs) if "ALE/" in args.env_id and args.life_loss_terminates else envs
 
@@ -472,6 +485,7 @@ class Atari(Args):
 
     make_envs = staticmethod(make_atari_envs)
     Agent = AtariAgent
+    num_threads = torch.get_num_threads()
 
     env_id: str = "ALE/Breakout-v5"
     total_timesteps: int = 10_000_000
@@ -518,15 +532,15 @@ def make_continuous_envs(args, num_envs, seed, **render):
             # gymnasium's default view stands still, and a robot that runs leaves it
             camera = {"camera_name": "track"} if "gymnasium.envs.mujoco" in str(gym.registry.get(task)) else {}
             env = gym.make(task, disable_env_checker=True, **render, **camera)
+        for space in (env.observation_space, env.action_space):
+            if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0):
+                refuse(env, f"--env-id {task}: observations and actions must be flat boxes, not {space}.")
+        if not np.issubdtype(env.action_space.dtype, np.floating):
+            refuse(env, f"--env-id {task}: actions must be of a floating point type, not {env.action_space}.")
         return AnySuccess(env)
 
     envs = gym.vector.SyncVectorEnv([lambda i=i: make_env(seed + i) for i in range(num_envs)])
     box = envs.single_action_space
-    for space in (envs.single_observation_space, box):
-        rule = f"--env-id {args.env_id}: observations and actions must be flat boxes, not {space}; try HalfCheetah-v5."
-        require(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0, rule)
-    rule = f"--env-id {args.env_id}: actions must be of a floating point type, not {box}."
-    require(np.issubdtype(box.dtype, np.floating), rule)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, stats_key="recorded")
     envs = gym.wrappers.vector.TransformAction(envs, lambda actions: np.clip(actions, box.low, box.high))
     return gym.wrappers.vector.TransformObservation(envs, lambda obs: obs.astype(np.float32))
@@ -694,9 +708,10 @@ def make_minigrid_envs(args, num_envs, seed, **render):
         env = gym.make(args.env_id, disable_env_checker=True, **render)
         obs, action = env.observation_space, env.action_space
         shapes = {key: part.shape for key, part in obs.items()} if isinstance(obs, gym.spaces.Dict) else {}
-        rule = f"--env-id {args.env_id}: it needs MiniGrid's 7 x 7 view, a mission, and actions that count from 0."
-        require("mission" in shapes and shapes.get("image") == (7, 7, 3), rule)
-        require(isinstance(action, gym.spaces.Discrete) and action.start == 0, rule)
+        view = "mission" in shapes and shapes.get("image") == (7, 7, 3)
+        if not (view and isinstance(action, gym.spaces.Discrete) and action.start == 0):
+            rule = "it needs MiniGrid's 7 x 7 view, a mission, and actions that count from 0."
+            refuse(env, f"--env-id {args.env_id}: {rule}")
         return PixelsAndWords(env, args.env_id)
 
     envs = gym.vector.SyncVectorEnv([make_env] * num_envs)
@@ -800,11 +815,11 @@ def evaluate(args, weights, video_path):
     """
     num_envs = 1 if args.capture_video else args.eval_episodes
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
-    envs, obs = start_envs(args, num_envs, seed_everything(args.seed, 10**9), **render)
     episodes, playing, video = [], np.ones(num_envs, bool), None
-    with contextlib.closing(envs):
-        agent = args.Agent(envs, args).to(args.device)
-        agent.load_state_dict(weights)
+    with start_envs(args, num_envs, seed_everything(args.seed, 10**9), **render) as (envs, obs):
+        with input_error(f"the agent does not fit --env-id {args.env_id} and --device {args.device}"):
+            agent = args.Agent(envs, args).to(args.device)
+            agent.load_state_dict(weights)
         if args.capture_video:
             from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # slow to import
 
@@ -855,10 +870,10 @@ def train(args, checkpoint=None):
 
     seed = seed_everything(args.seed, first_iteration)
     if args.capture_video:  # to fail now, not after the training
-        start_envs(args, 1, seed, render_mode="rgb_array")[0].close()
+        with start_envs(args, 1, seed, render_mode="rgb_array"):
+            pass
     with contextlib.ExitStack() as stack:
-        envs, obs = start_envs(args, args.num_envs, seed)
-        stack.callback(envs.close)
+        envs, obs = stack.enter_context(start_envs(args, args.num_envs, seed))
         with input_error(f"--device {args.device}"):
             agent = args.Agent(envs, args).to(args.device)
             next_obs = torch.as_tensor(obs, device=args.device)
@@ -880,12 +895,13 @@ def train(args, checkpoint=None):
             torch.set_rng_state(checkpoint["rng"])
             torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
 
+        if args.track:
+            with input_error("--track"):
+                import wandb
+
+                wandb.init(name=folder.name, sync_tensorboard=True, config=vars(args))
         folder.mkdir(parents=True, exist_ok=True)
         save_checkpoint(folder, first_iteration, args, agent, optimizer, buffer, actors)
-        if args.track:
-            import wandb
-
-            wandb.init(name=folder.name, sync_tensorboard=True, config=vars(args))
         # steps after the checkpoint are logged again
         writer = stack.enter_context(SummaryWriter(folder, purge_step=first_step + 1))
         table = ["| flag | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in vars(args).items())]
@@ -1010,6 +1026,8 @@ def main():
     """Train or evaluate as the command line says. Returns the exit code."""
     try:
         args, checkpoint = read_args()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(args.num_threads)
         if args.evaluate:
             check_flags(args)
             step = checkpoint["iteration"] * args.num_steps * args.num_envs

@@ -1,146 +1,148 @@
-"""The methods that GIPO is compared with, each as the few lines in which it differs from PPO-clip.
+"""The methods that GIPO is compared with: ppo_baseline.py in continuous control with another policy loss.
 
-    python benchmark/variants.py sapo ppo_baseline.py continuous --sapo-tau 1 --buffer-epochs 8
-    python benchmark/variants.py decoupled ppo_baseline.py atari --tis-cap 2
+    python benchmark/variants.py --method sapo --sapo-tau 1 --buffer-epochs 8
 
-The script is loaded as a module. The variant puts its loss and its flags into that module, and then the script's body
-runs. So --help, --resume, --evaluate and bad input work as in the script itself.
+A new method is a function here, its name in METHODS, and a line in `Variant` for each flag that it needs. --help,
+--resume, --evaluate and bad input work as in the script itself.
 """
 
 import math
 import sys
-from dataclasses import field, make_dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated
+from typing import Literal
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmark.scripts import ROOT, load, run_body
-
-
-def exp(logratio):
-    """The importance ratio. Its value stops at exp(20), because float32 ends at exp(88); its gradient does not stop."""
-    return torch.exp(logratio - (logratio - 20).clamp(min=0).detach())
+import gipo_continuous
+import ppo_baseline
 
 
 # Policy losses; `policy_loss` of the scripts says what goes in and what comes out.
-def plain(logratio, advantages, args):
-    """Plain importance sampling."""
-    ratio = exp(logratio)
-    return -(ratio * advantages).mean(), ratio.detach()
+def exp(logratio):
+    """The importance ratio, capped because float32 ends at exp(88)."""
+    return torch.exp(logratio.clamp(max=20))
+
+
+def gipo(logratio, advantages, args):
+    """GIPO, as in gipo_continuous.py (Lu et al. 2026)."""
+    return gipo_continuous.policy_loss(logratio, advantages, args)
+
+
+def asymmetric(logratio, advantages, args):
+    """GIPO with a width of its own where the advantage is not positive (Lu et al. 2026)."""
+    sigma = torch.where(advantages > 0, args.sigma, args.sigma_neg)
+    z = (logratio / sigma).detach()
+    return -(torch.exp(logratio - 0.5 * z**2) * advantages).sum(1).mean()
+
+
+def one_sided(logratio, advantages, args):
+    """GIPO that fades a sample only where its ratio is above 1."""
+    z = (logratio.clamp(min=0) / args.sigma).detach()
+    return -(torch.exp(logratio - 0.5 * z**2) * advantages).sum(1).mean()
+
+
+def clip(logratio, advantages, args):
+    """PPO-clip, as in ppo_baseline.py (Schulman et al. 2017)."""
+    return OWN_LOSS(logratio, advantages, args)
 
 
 def dual_clip(logratio, advantages, args):
-    """PPO-clip without a gradient beyond a ratio of `dual_clip` where A < 0 (Ye et al. 2020)."""
-    ratio, low, high = exp(logratio), 1 - args.clip_coef, 1 + args.clip_coef
-    objective = torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)
-    objective = torch.where(advantages > 0, objective, torch.max(objective, args.dual_clip * advantages))
-    inside = torch.where(advantages > 0, ratio <= high, (ratio >= low) & (ratio <= args.dual_clip))
-    return -objective.mean(), (ratio * inside).detach()
+    """PPO-clip whose objective for a negative advantage is at least --dual-clip times it (Ye et al. 2020)."""
+    ratio = exp(logratio)
+    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    objective = torch.min(ratio * advantages, clipped * advantages)
+    bounded = torch.max(objective, args.dual_clip * advantages)
+    return -torch.where(advantages > 0, objective, bounded).sum(1).mean()
+
+
+def decoupled(logratio, advantages, args):
+    """Decoupled PPO (Hilton et al. 2022): the clip holds pi near the policy that the iteration starts from.
+
+    The ratio of that policy to mu, at most --tis-cap, corrects for the age of the data.
+    """
+    drift = DRIFTS[-1] if len(DRIFTS[-1]) == len(logratio) else torch.cat(DRIFTS)  # diagnostics see all minibatches
+    weight = drift.clamp(max=math.log(args.tis_cap)).exp()
+    return OWN_LOSS(logratio - drift, weight * advantages, args)
 
 
 def sapo(logratio, advantages, args):
     """A sigmoid gate around a ratio of 1 (Gao et al. 2025)."""
-    ratio = exp(logratio)
-    tau = torch.full_like(ratio, args.sapo_tau_neg).masked_fill(advantages > 0, args.sapo_tau)
-    gate = torch.sigmoid(tau * (ratio - 1))
-    return -(4 / tau * gate * advantages).mean(), (ratio * 4 * gate * (1 - gate)).detach()
-
-
-def tis(logratio, advantages, args):
-    """Truncated importance sampling: the ratio is cut off at `tis_cap` and detached (Ionides 2008)."""
-    coef = exp(logratio).detach().clamp(max=args.tis_cap)
-    return -(coef * advantages * logratio).mean(), coef
+    tau = torch.where(advantages > 0, args.sapo_tau, args.sapo_tau_neg)
+    gate = torch.sigmoid(tau * (exp(logratio) - 1))
+    return -(4 / tau * gate * advantages).sum(1).mean()
 
 
 def spo(logratio, advantages, args):
     """A quadratic penalty on the ratio (Xie et al. 2024)."""
     ratio = exp(logratio)
-    objective = ratio * advantages - advantages.abs() * (ratio - 1) ** 2 / (2 * args.spo_eps)
-    return -objective.mean(), (ratio * (1 - advantages.sign() * (ratio - 1) / args.spo_eps)).detach()
+    penalty = advantages.abs() * (ratio - 1) ** 2 / (2 * args.spo_eps)
+    return -(ratio * advantages - penalty).sum(1).mean()
 
 
-def decouple(script: ModuleType):
-    """Decoupled PPO (Hilton et al. 2022): the clip holds pi near the policy that the update starts from.
-
-    The ratio of that policy to mu, at most `tis_cap`, corrects for the age of the data.
-    """
-    minibatch_loss, clip = script.minibatch_loss, script.policy_loss
-
-    def decoupled_loss(agent, obs, actions, logprobs, advantages, returns, args):
-        proximal = script.actors[script.iteration % len(script.actors)]
-        with torch.no_grad():
-            drift = proximal.get_action_and_value(obs, actions)[1] - logprobs
-
-        def policy_loss(logratio, advantages, args):
-            weight = drift.clamp(max=math.log(args.tis_cap)).exp()
-            loss, coef = clip(logratio - drift, weight * advantages, args)
-            return loss, weight * coef
-
-        script.policy_loss = policy_loss
-        return minibatch_loss(agent, obs, actions, logprobs, advantages, returns, args)
-
-    script.minibatch_loss = decoupled_loss
+def tis(logratio, advantages, args):
+    """Truncated importance sampling: the ratio is cut off at --tis-cap and detached (Ionides 2008)."""
+    weight = exp(logratio).detach().clamp(max=args.tis_cap)
+    return -(weight * advantages * logratio).sum(1).mean()
 
 
-# default, smallest and largest value, meaning and usual range
-FLAGS = {
-    "dual_clip": (3.0, 1.001, 1e9, "ratio above which a negative advantage gets no gradient (2 to 5)"),
-    "sapo_tau": (1.0, 1e-9, 1e9, "temperature of the gate where the advantage is positive (0.5 to 2)"),
-    "sapo_tau_neg": (1.05, 1e-9, 1e9, "temperature of the gate where the advantage is not positive (0.5 to 2)"),
-    "tis_cap": (1.0, 1e-9, 1e9, "largest importance weight (1 to 5)"),
-    "spo_eps": (0.2, 1e-9, 1e9, "distance of the ratio from 1 at which the gradient turns back (0.1 to 0.3)"),
-}
-# policy loss and flags
-LOSSES = {
-    "none": (plain,),
-    "dual-clip": (dual_clip, "dual_clip"),
-    "sapo": (sapo, "sapo_tau", "sapo_tau_neg"),
-    "tis": (tis, "tis_cap"),
-    "spo": (spo, "spo_eps"),
-}
-# function that changes a loaded script, and flags
-PATCHES = {"decoupled": (decouple, "tis_cap")}
-VARIANTS = LOSSES | PATCHES
+def plain_is(logratio, advantages, args):
+    """Plain importance sampling."""
+    return -(exp(logratio) * advantages).sum(1).mean()
 
 
-def load_variant(name: str, script: str = "ppo_baseline") -> ModuleType:
-    """A script as a module, changed to a variant; its body has not run. Raises `KeyError` for an unknown variant."""
-    module, (change, *flags) = load(script), VARIANTS[name]
-    mark = f"variant_{name.replace('-', '_')}"  # a field that keeps a checkpoint from being resumed as another method
-    fields = [(mark, tyro.conf.Suppress[bool], field(default=True))]
-    fields.append(("exp_name", str, field(default=f"{script}-{name}")))
-    for flag in flags:
-        default, low, high, meaning = FLAGS[flag]
-        fields.append((flag, Annotated[float, tyro.conf.arg(help=meaning)], field(default=default)))
-        module.RANGES += ((low, high, flag),)
-    module.DOMAINS = {
-        make_dataclass(cls.__name__, fields, bases=(cls,), namespace={"__doc__": cls.__doc__}): parts
-        for cls, parts in module.DOMAINS.items()
-    }
-    module.__doc__ = f"{change.__doc__.splitlines()[0]} It replaces PPO-clip in {script}.py."
+METHODS = (gipo, asymmetric, one_sided, clip, dual_clip, decoupled, sapo, spo, tis, plain_is)
+LOSSES = {method.__name__: method for method in METHODS}
+OWN_LOSS, OWN_UPDATE, OWN_DIAGNOSTICS = ppo_baseline.policy_loss, ppo_baseline.update, ppo_baseline.diagnostics
+DRIFTS = []  # of each minibatch of an iteration: log pi_start - log mu, (B, D)
 
-    def replace_same(args, **saved):
-        if mark not in saved:
-            raise TypeError("it is of another method")
-        return replace(args, **saved)
 
-    module.replace = replace_same
-    if name in PATCHES:
-        change(module)
-    else:
-        module.policy_loss = change
-    return module
+@dataclass
+class Variant(ppo_baseline.Continuous):
+    """Continuous control with the loss of another method."""
+
+    exp_name: str = "variants"
+    method: Literal[*LOSSES] = "gipo"
+    """policy loss"""
+    sigma: float = 0.5
+    """gipo, asymmetric, one_sided: width of the Gaussian weight on the log-ratio (0.2 to 2)"""
+    sigma_neg: float = 0.25
+    """asymmetric: width where the advantage is not positive (0.1 to 2)"""
+    dual_clip: float = 3.0
+    """dual_clip: ratio above which a negative advantage gets no gradient (2 to 5)"""
+    sapo_tau: float = 1.0
+    """sapo: temperature of the gate where the advantage is positive (0.5 to 2)"""
+    sapo_tau_neg: float = 1.05
+    """sapo: temperature of the gate where the advantage is not positive (0.5 to 2)"""
+    spo_eps: float = 0.2
+    """spo: distance of the ratio from 1 at which the gradient turns back (0.1 to 0.3)"""
+    tis_cap: float = 1.0
+    """tis, decoupled: largest importance weight (1 to 5)"""
+
+
+def policy_loss(logratio, advantages, args):
+    return LOSSES[args.method](logratio, advantages, args)
+
+
+def update(agent, optimizer, obs, actions, logprobs, start_logprobs, advantages, returns, args):
+    DRIFTS.append(start_logprobs - logprobs)
+    return OWN_UPDATE(agent, optimizer, obs, actions, logprobs, start_logprobs, advantages, returns, args)
+
+
+def diagnostics(logratio, advantages, args):
+    found = OWN_DIAGNOSTICS(logratio, advantages, args)
+    DRIFTS.clear()
+    return found
+
+
+def main():
+    """The command line of ppo_baseline.py with these losses; returns the exit code."""
+    ppo_baseline.policy_loss, ppo_baseline.update, ppo_baseline.diagnostics = policy_loss, update, diagnostics
+    ppo_baseline.Domain = Variant
+    return ppo_baseline.main()
 
 
 if __name__ == "__main__":
-    known = len(sys.argv) > 2 and sys.argv[1] in VARIANTS and (ROOT / f"{Path(sys.argv[2]).stem}.py").is_file()
-    if not known:
-        print(f"error: give a variant ({', '.join(VARIANTS)}), a script and its flags.", file=sys.stderr)
-        sys.exit(2)
-    name, script = sys.argv.pop(1), sys.argv.pop(1)
-    run_body(load_variant(name, Path(script).stem))
+    sys.exit(main())

@@ -1,21 +1,20 @@
-"""Loads the scripts for the tests: their definitions as a module, their body run in it, their logs read back."""
+"""What the tests of the scripts share: the scripts as modules, runs of them, and their logs read back."""
 
-import signal
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import gipo_atari
+import gipo_continuous
+import gipo_minigrid_vision
+import ppo_baseline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmark.scripts import ROOT, run_body
-from benchmark.scripts import load as load
-from benchmark.variants import load_variant as load_variant
-
-MAIN = 'if __name__ == "__main__":\n'
+ROOT = Path(__file__).parents[1]
+GIPO = {"gipo_atari": gipo_atari, "gipo_continuous": gipo_continuous, "gipo_minigrid_vision": gipo_minigrid_vision}
+SCRIPTS = GIPO | {"ppo_baseline": ppo_baseline}
 DOMAIN_OF = {"gipo_atari": "atari", "gipo_continuous": "continuous", "gipo_minigrid_vision": "minigrid"}
-GIPO = list(DOMAIN_OF)
-SCRIPTS = [*GIPO, "ppo_baseline"]
-# every way to start a script: name and the arguments that select its domain
+# every way to start a script: its name and the arguments that select its domain
 ENTRIES = [(name, []) for name in GIPO] + [("ppo_baseline", [domain]) for domain in DOMAIN_OF.values()]
 # what every run logs; "charts/success_rate" comes where the environment reports a success
 TAGS = {
@@ -27,6 +26,7 @@ TAGS = {
     "losses/policy_loss",
     "losses/entropy",
     "losses/kl",
+    "losses/kl_step",
     "losses/approx_kl",
     "losses/clipfrac",
     "losses/explained_variance",
@@ -44,11 +44,6 @@ def source(name: str) -> str:
     return (ROOT / f"{name}.py").read_text()
 
 
-def flags(module: ModuleType, domain: int = 0, **values):
-    """The flags of a loaded script, of its first domain or another one, with these values."""
-    return list(module.DOMAINS)[domain](**values)
-
-
 def watch(monkeypatch, owner, name: str, note) -> list:
     """A list that takes note(*args) before each call of owner.name."""
     noted, function = [], getattr(owner, name)
@@ -61,8 +56,8 @@ def watch(monkeypatch, owner, name: str, note) -> list:
     return noted
 
 
-def run(module: ModuleType, monkeypatch, folder: Path, argv: list[str]) -> ModuleType:
-    """Runs the body of a loaded script in `folder` as if started with `argv`; its variables end up in the module.
+def run(module: ModuleType, monkeypatch, folder: Path, argv: list) -> int | None:
+    """Runs the command line of a script in `folder`; returns its exit code, which is None if all went well.
 
     No evaluation follows unless argv asks for one.
     """
@@ -72,14 +67,7 @@ def run(module: ModuleType, monkeypatch, folder: Path, argv: list[str]) -> Modul
     folder.mkdir(exist_ok=True)
     monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *argv])
     monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(str(ROOT / "tests"))
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    try:
-        run_body(module)
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
-    return module
+    return module.main()
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
