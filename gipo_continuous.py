@@ -16,6 +16,7 @@ show it too. All that the four scripts share is the same text.
 
 import contextlib
 import copy
+import itertools
 import math
 import os
 import random
@@ -339,10 +340,16 @@ def start_envs(args, num_envs, seed, **render):
     with contextlib.closing(envs):
         with input_error(f"{flag} {args.env_id}"):
             obs, _ = envs.reset(seed=seed)
-            frame = envs.render()[0] if render else np.zeros((1, 1, 3), np.uint8)
-            picture = np.shape(frame)[2:] == (3,) and frame.dtype == np.uint8
-            require(picture, f"--capture-video: {args.env_id} renders no (H, W, 3) uint8.")
+            if render:
+                picture(envs)
         yield envs, obs
+
+
+def picture(envs):
+    """What the first environment renders, (H, W, 3) uint8."""
+    frame = envs.render()[0]
+    require(np.shape(frame)[2:] == (3,) and frame.dtype == np.uint8, "it renders no picture, (H, W, 3) uint8")
+    return frame
 
 
 def ended_episodes(infos, playing=True):
@@ -357,9 +364,10 @@ def ended_episodes(infos, playing=True):
 
 
 def episode_means(episodes, prefix):
-    """Mean return, length and success over episodes, by tag."""
-    names = "episodic_return", "episodic_length", "success_rate"
-    return {prefix + name: float(np.mean(column)) for name, column in zip(names, zip(*episodes))}
+    """Mean return, length and success over episodes, by tag; a success that is not reported is none."""
+    names = ("episodic_return", "episodic_length", "success_rate")
+    columns = itertools.zip_longest(*episodes, fillvalue=0.0)
+    return {prefix + name: float(np.mean(column)) for name, column in zip(names, columns)}
 
 
 def layer_init(layer, std=math.sqrt(2)):
@@ -386,14 +394,17 @@ from torch.distributions.normal import Normal
 class AnySuccess(gym.Wrapper):
     """An episode succeeds if any of its steps reports a success."""
 
+    reports = False  # whether this environment has ever reported one
+
     def reset(self, **kwargs):
         self.success = False
         return self.env.reset(**kwargs)
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
+        self.reports |= "success" in info
         self.success |= bool(info.get("success", False))
-        if "success" in info or self.success:
+        if self.reports:
             info["success"] = self.success
         return obs, reward, terminated, truncated, info
 
@@ -541,6 +552,8 @@ def save_checkpoint(folder, iteration, args, agent, optimizer, buffer, actors):
             torch.save(checkpoint, file)
             os.fsync(file.fileno())
         temporary.replace(folder / "checkpoint.pt")
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(f"{temporary} cannot be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -571,12 +584,12 @@ def evaluate(args, weights, video_path):
         if args.capture_video:
             from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # slow to import
 
-            size, fps = envs.render()[0].shape[1::-1], envs.metadata.get("render_fps") or 30
-            video = FFMPEG_VideoWriter(str(video_path), size, fps)
+            fps = envs.metadata.get("render_fps") or 30
+            video = FFMPEG_VideoWriter(str(video_path), picture(envs).shape[1::-1], fps)
         for _ in range(EVAL_STEPS):
             if video:
                 try:
-                    video.write_frame(envs.render()[0])
+                    video.write_frame(picture(envs))
                 except Exception as error:  # the evaluation goes on
                     print(f"warning: the video ends early: {error}")
                     video.close()
