@@ -3,10 +3,11 @@
     loss = -mean(w * r * A) + kl_coef * KL,  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2))
 
 mu is the behaviour policy, which collected the sample; A is the sample's advantage. The KL term pulls pi back to the
-policy that the iteration starts from; --kl-to behaviour pulls it back to mu.
+policy that the iteration starts from; --kl-to behaviour pulls it back to mu. --ratio takes r of an action or of each
+of its dimensions.
 No gradient flows through w. (Lu et al. 2026, arXiv:2603.03955)
 
-    python gipo_continuous.py --buffer-epochs 8      # learn from the last 8 rollouts; --help explains every flag
+    python gipo_continuous.py --buffer-epochs 8      # learn from the last 8 rollouts; --help has meanings and usual ranges
     python gipo_continuous.py --resume runs/RUN      # continue a run; or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
@@ -30,7 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads of two runs at once block each other else
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: busy waiting makes two runs at once stand still
 
 import gymnasium as gym
 import numpy as np
@@ -49,7 +50,7 @@ def policy_loss(logratio, advantages, args):
     own: the whole action (D = 1), or each of its dimensions. advantages are (B, 1). Returns a scalar.
     """
     z = (logratio / args.sigma).detach()
-    return -(torch.exp(logratio - 0.5 * z**2) * advantages).sum(1).mean()  # in one exponential, which cannot overflow
+    return -(torch.exp(logratio - 0.5 * z**2) * advantages).sum(1).mean()  # w * r as one exp, which cannot overflow
 
 
 def update(agent, optimizer, obs, actions, logprobs, start_logprobs, advantages, returns, args):
@@ -63,7 +64,7 @@ def update(agent, optimizer, obs, actions, logprobs, start_logprobs, advantages,
     # Policy loss
     pg_loss = policy_loss(logratio, advantages, args)
 
-    # KL term: KL(mu || pi) estimated on samples of mu, or KL(pi_start || pi) to second order
+    # KL term: an estimate of KL(mu || pi), or a quadratic pull to the policy that the iteration starts from
     kl_behaviour = -logratio.sum(1).mean()
     kl_step = 0.5 * ((newlogprob - start_logprobs) ** 2).sum(1).mean()
     kl = kl_behaviour if args.kl_to == "behaviour" else kl_step
@@ -117,7 +118,7 @@ def diagnostics(logratio, advantages, args):
 # ------------------------------------------------------- Flags --------------------------------------------------------
 @dataclass
 class Args:
-    num_threads = 1  # of torch; more slow small networks down. OMP_NUM_THREADS wins
+    num_threads = 1  # of torch, unless OMP_NUM_THREADS is set; small networks are slower with more
 
     env_id: str = ""
     """environment id; write module:id if a module of yours registers it"""
@@ -137,8 +138,8 @@ class Args:
     checkpoint_interval: int = 50
     """iterations between checkpoints; each checkpoint replaces the last one (10 to 500)"""
     resume: Path | None = None
-    """continue the run in this folder. Its flags apply, except those given now. The environments start new episodes.
-    With a larger --total-timesteps, an annealed learning rate jumps up to that of the longer run"""
+    """continue the run in this folder. Its flags apply, except those given now; those that shape the buffer must stay.
+    The environments start new episodes. With a larger --total-timesteps, an annealed learning rate jumps up to that of the longer run"""
     evaluate: Path | None = None
     """play --eval-episodes episodes with the agent of the run in this folder, without training"""
     eval_episodes: int = 10
