@@ -3,11 +3,10 @@
     loss = -mean(w * r * A) + kl_coef * KL,  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2))
 
 mu is the behaviour policy, which collected the sample; A is the sample's advantage. The KL term pulls pi back to the
-policy that the iteration starts from; --kl-to behaviour pulls it back to mu. --ratio takes r of an action or of each
-of its dimensions.
+policy that the iteration starts from; --kl-to behaviour pulls it back to mu.
 No gradient flows through w. (Lu et al. 2026, arXiv:2603.03955)
 
-    python gipo_minigrid_vision.py --buffer-epochs 8      # learn from the last 8 rollouts; --help has meanings and usual ranges
+    python gipo_minigrid_vision.py --buffer-epochs 8      # learn from 8 rollouts; --help has usual ranges
     python gipo_minigrid_vision.py --resume runs/RUN      # continue a run; or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
@@ -139,7 +138,8 @@ class Args:
     """iterations between checkpoints; each checkpoint replaces the last one (10 to 500)"""
     resume: Path | None = None
     """continue the run in this folder. Its flags apply, except those given now; those that shape the buffer must stay.
-    The environments start new episodes. With a larger --total-timesteps, an annealed learning rate jumps up to that of the longer run"""
+    The environments start new episodes.
+    With a larger --total-timesteps, an annealed learning rate jumps up to that of the longer run"""
     evaluate: Path | None = None
     """play --eval-episodes episodes with the agent of the run in this folder, without training"""
     eval_episodes: int = 10

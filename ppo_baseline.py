@@ -3,10 +3,10 @@
     loss = -mean(min(r * A, clip(r, 1 - eps, 1 + eps) * A)) + kl_coef * KL,  r = pi(a|s) / mu(a|s)
 
 mu is the behaviour policy, which collected the sample; A is the sample's advantage. The KL term pulls pi back to the
-policy that the iteration starts from; --kl-to behaviour pulls it back to mu. --ratio takes r of an action or of each
-of its dimensions.
+policy that the iteration starts from; --kl-to behaviour pulls it back to mu.
+In continuous control --ratio takes r of an action or of each of its dimensions.
 
-    python ppo_baseline.py continuous --buffer-epochs 8      # learn from 8 rollouts; --help has meanings and usual ranges
+    python ppo_baseline.py continuous --buffer-epochs 8      # learn from 8 rollouts; --help has usual ranges
     python ppo_baseline.py continuous --resume runs/RUN      # continue a run; or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
@@ -139,7 +139,8 @@ class Args:
     """iterations between checkpoints; each checkpoint replaces the last one (10 to 500)"""
     resume: Path | None = None
     """continue the run in this folder. Its flags apply, except those given now; those that shape the buffer must stay.
-    The environments start new episodes. With a larger --total-timesteps, an annealed learning rate jumps up to that of the longer run"""
+    The environments start new episodes.
+    With a larger --total-timesteps, an annealed learning rate jumps up to that of the longer run"""
     evaluate: Path | None = None
     """play --eval-episodes episodes with the agent of the run in this folder, without training"""
     eval_episodes: int = 10
