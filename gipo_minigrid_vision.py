@@ -10,8 +10,8 @@ No gradient flows through w. (Lu et al. 2026, arXiv:2603.03955)
     python gipo_minigrid_vision.py --resume runs/RUN      # continue a run; or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
-`diff ppo_baseline.py gipo_continuous.py` shows the method. The diffs with gipo_atari.py and gipo_minigrid_vision.py
-show it too. All that the four scripts share is the same text.
+`diff ppo_baseline.py gipo_continuous.py | head -40` shows the method. The diffs with the other two scripts show it
+too. Shared code is identical in all four.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ import sys
 import time
 import zipfile
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: busy waiting makes two runs at once stand still
 
@@ -92,18 +92,18 @@ def update(agent, optimizer, obs, actions, logprobs, start_logprobs, advantages,
 def diagnostics(logratio, advantages, args):
     """Scalars: how far pi is from the behaviour policies, and how many samples still have a gradient.
 
-    logratio is (B, D) and advantages (B, 1). A sample's gradient is -c A grad log pi / B, with the coefficient c.
+    logratio is (B, D) and advantages (B, 1). The coefficient c of a ratio is what its gradient -c A grad log pi / B says;
+    autograd finds it for any policy loss.
     """
-    logratio = logratio.requires_grad_()
     sign = torch.where(advantages > 0, 1.0, -1.0)
-    (gradient,) = torch.autograd.grad(policy_loss(logratio, sign, args), logratio)
+    x = logratio.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(policy_loss(x, sign, args), x)
     coef = (-sign * gradient * len(sign)).flatten()
-    logratio = logratio.detach()
     joint = logratio.sum(1)
     absolute = logratio.abs().flatten()
-    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could overflow
+    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could underflow
     return {
-        # float32 ends at exp(88), and an outlier would swamp the mean
+        # exp(88) is the end of float32
         "losses/approx_kl": (joint.clamp(max=20).exp() - 1 - joint).mean(),
         "losses/clipfrac": ((logratio.exp() - 1).abs() > 0.2).float().mean(),
         # kthvalue, because torch.quantile takes 2**24 samples at most
@@ -117,7 +117,7 @@ def diagnostics(logratio, advantages, args):
 # ------------------------------------------------------- Flags --------------------------------------------------------
 @dataclass
 class Args:
-    num_threads = 1  # of torch, unless OMP_NUM_THREADS is set; small networks are slower with more
+    num_threads: ClassVar[int] = 1  # of torch, unless OMP_NUM_THREADS is set; small networks are slower with more
 
     env_id: str = ""
     """environment id; write module:id if a module of yours registers it"""
@@ -196,7 +196,7 @@ class Args:
 
 
 # numbers that may be 0; all others must be larger
-MAY_BE_ZERO = "seed eval_episodes gamma gae_lambda ent_coef vf_coef kl_coef policy_lag sticky_actions".split()
+MAY_BE_ZERO = "seed eval_episodes gamma gae_lambda ent_coef vf_coef kl_coef policy_lag".split()
 
 
 class InputError(ValueError):
@@ -228,7 +228,8 @@ def input_error(what):
 
 def check_flags(args):
     """Raises InputError if a number is too small, or if a rollout does not divide into minibatches."""
-    for name, value in vars(args).items():
+    for name in (field.name for field in fields(Args)):
+        value = getattr(args, name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             rule = "give 0 or more" if name in MAY_BE_ZERO else "give a number above 0"
             fits = value > 0 or (value == 0 and name in MAY_BE_ZERO)
@@ -238,6 +239,7 @@ def check_flags(args):
     rule = f"--num-minibatches {args.num_minibatches}: give a proper divisor of {rollout}, a rollout's size."
     require(args.minibatch_size or divides, rule)
     require(args.minibatch_size != 1, "--minibatch-size 1: give 2 or more.")
+    require(not (args.resume and args.evaluate), "--resume and --evaluate: give one of them.")
     require(args.eval_episodes or not args.evaluate, "--eval-episodes 0: give 1 or more.")
 
 
@@ -285,9 +287,11 @@ class ReplayBuffer:
 def compute_gae(rewards, values, ratios, terminated, dones, gamma, gae_lambda):
     """Advantages (Schulman et al. 2016) and value targets, (..., T, N), corrected by V-trace (Espeholt et al. 2018).
 
+        A[t] = delta[t] + gamma * gae_lambda * ratio[t + 1] * A[t + 1],    target[t] = V[t] + ratio[t] * A[t]
+
+    The policy loss brings the ratio of step t itself. Ratios of 1 give plain GAE. A terminated step does not bootstrap.
+    A truncated step also ends the sum, but it bootstraps from the next row, which holds the final observation.
     rewards, terminated and dones are (..., T, N); values and ratios = min(1, pi / mu) are (..., T + 1, N).
-    Ratios of 1 give plain GAE. A terminated step does not bootstrap. A truncated step also ends the sum, but it
-    bootstraps from the next row, which holds the final observation.
     """
     delta = rewards + gamma * values[..., 1:, :] * ~terminated - values[..., :-1, :]
     decay = gamma * gae_lambda * ~dones * ratios[..., 1:, :]
@@ -302,12 +306,12 @@ def compute_gae(rewards, values, ratios, terminated, dones, gamma, gae_lambda):
 @torch.no_grad()
 def refresh_advantages(buffer, slots, agent, args):
     """Recompute values and log-probabilities of the whole buffer, and from them the advantages of these slots."""
-    filled = int((buffer.versions >= 0).sum())  # slots are filled in order
-    obs, actions = buffer.obs[:filled].flatten(0, 2), buffer.actions[:filled].flatten(0, 2)
+    count = int((buffer.versions >= 0).sum())  # slots are filled in order
+    obs, actions = buffer.obs[:count].flatten(0, 2), buffer.actions[:count].flatten(0, 2)
     chunks = [agent.get_action_and_value(*chunk) for chunk in zip(obs.split(1024), actions.split(1024))]
     _, logprobs, _, values = map(torch.cat, zip(*chunks))
-    buffer.start_logprobs[:filled] = logprobs.view_as(buffer.start_logprobs[:filled])
-    buffer.values[:filled] = values.view_as(buffer.values[:filled])
+    buffer.start_logprobs[:count] = logprobs.view_as(buffer.start_logprobs[:count])
+    buffer.values[:count] = values.view_as(buffer.values[:count])
 
     drift = (buffer.start_logprobs[slots] - buffer.logprobs[slots]).sum(-1)
     ratios = drift.clamp(max=0).exp() if args.advantage_source == "vtrace" else torch.ones_like(drift)
@@ -530,7 +534,6 @@ FIXED = ("env_id", "num_envs", "num_steps", "buffer_epochs", "policy_lag", "rati
 def save_checkpoint(folder, iteration, args, agent, optimizer, buffer, actors):
     """Save everything except the environments. A rename puts the file in place, so that no crash leaves half of it."""
     checkpoint = {
-        "script": f"{Path(__file__).stem} {type(args).__name__.lower()}",
         "args": {name: value for name, value in vars(args).items() if name not in NOT_SAVED},
         "iteration": iteration,
         "agent": agent.state_dict(),
@@ -554,7 +557,7 @@ def save_checkpoint(folder, iteration, args, agent, optimizer, buffer, actors):
 
 def load_checkpoint(folder):
     """What save_checkpoint saved in a run's folder, on the CPU. Raises InputError if it is missing or damaged."""
-    path = folder / "checkpoint.pt"
+    path = Path(folder) / "checkpoint.pt"
     with input_error(f"{folder} has no checkpoint that this script can read"):
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not notice flipped bits
         require(not damaged, f"{path} is damaged.")
@@ -601,27 +604,28 @@ def evaluate(args, weights, video_path):
     return found
 
 
-def train(args, checkpoint=None):
+def train(args):
     """Train an agent. Returns it and the run's folder, which has the log and the checkpoint.
 
-    `checkpoint`, from load_checkpoint, continues the run in the folder `args.resume`. Raises InputError before
-    anything is created, FloatingPointError if a value is not finite, and OSError if the folder cannot be written.
+    Raises InputError before anything is created, FloatingPointError if a value is not finite, and OSError if the folder
+    cannot be written. After Ctrl-C or SIGTERM the run is saved, and the program exits.
     """
     check_flags(args)
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
     batch_size = args.num_steps * args.num_envs
     minibatch_size = args.minibatch_size or batch_size // args.num_minibatches
     num_iterations = args.total_timesteps // batch_size
     first_iteration = checkpoint["iteration"] if checkpoint else 0
     global_step = first_step = first_iteration * batch_size
-    rule = f"--total-timesteps {args.total_timesteps}: give at least {first_step + batch_size}."
-    require(first_iteration < num_iterations, rule)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"  # no two runs may share it
-    folder = args.resume or Path("runs", re.sub(r"[^\w.-]", "-", run_name))
+    folder = Path(args.resume or Path("runs", re.sub(r"[^\w.-]", "-", run_name)))
     if checkpoint:
         for name in FIXED:
             saved = checkpoint["args"].get(name)
             rule = f"--{name.replace('_', '-')}: {folder} has {saved}, and a resumed run cannot change it."
             require(vars(args).get(name) == saved, rule)
+    rule = f"--total-timesteps {args.total_timesteps}: give at least {first_step + batch_size}."
+    require(first_iteration < num_iterations, rule)
 
     seed = seed_everything(args.seed, first_iteration)
     if args.capture_video:  # to fail now, not after the training
@@ -633,9 +637,9 @@ def train(args, checkpoint=None):
             agent = args.Agent(envs, args).to(args.device)
             next_obs = torch.as_tensor(obs, device=args.device)
         next_valid = np.ones(args.num_envs, bool)
-        # a tensor, because --compile would bake in a number
-        lr = torch.tensor(args.learning_rate)
-        optimizer = torch.optim.Adam(agent.parameters(), lr, eps=1e-5, fused=not args.compile)
+        # the rate is a tensor, because --compile would bake in a number
+        rate = torch.tensor(args.learning_rate)
+        optimizer = torch.optim.Adam(agent.parameters(), rate, eps=1e-5, fused=not args.compile)
         action, logprob, _, _ = agent.get_action_and_value(next_obs)
         buffer = ReplayBuffer(args, next_obs, action, logprob)
         actors = deque(maxlen=args.policy_lag + 1)  # the policies of the last L + 1 iterations, the oldest first
@@ -670,11 +674,11 @@ def train(args, checkpoint=None):
         def stop(signum, frame):
             print("\nstops after this iteration; once more ends the program at once", flush=True)
             stops.append(signum)
-            signal.signal(signum, signal.SIG_DFL)
+            signal.signal(signum, handlers[signum])
 
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            before = signal.signal(signum, stop)
-            stack.callback(signal.signal, signum, before)
+        handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+        for signum, handler in handlers.items():
+            stack.callback(signal.signal, signum, handler)
         print(f"{folder}: {'goes on' if checkpoint else 'starts'} after step {first_step}")
         start_time = time.time()
         progress = tqdm(range(first_iteration, num_iterations), initial=first_iteration, total=num_iterations)
@@ -703,7 +707,7 @@ def train(args, checkpoint=None):
                     buffer.write(slot, step, terminated=terminated, dones=terminated | truncations, valid=valid)
             if not frozen:
                 buffer.obs[slot, -1] = next_obs
-                buffer.versions[slot] = iteration + 1 - len(actors)
+                buffer.versions[slot] = iteration - (len(actors) - 1)
             global_step += batch_size
 
             # Advantages
@@ -719,7 +723,7 @@ def train(args, checkpoint=None):
                 b_inds = buffer.sample(args.num_minibatches * minibatch_size)
                 for mb_inds in b_inds.split(minibatch_size):
                     logged.append(gradient_step(agent, optimizer, *(field[mb_inds] for field in batch), args))
-            if not frozen:  # only now, because the update must start from the policy that acted
+            if not frozen:  # only now, because on fresh data log-ratios must start at 0
                 names = ("obs", "rewards", "dones", "valid")
                 agent.update_statistics(*(getattr(buffer, name)[slot, :-1] for name in names))
 
@@ -756,6 +760,8 @@ def train(args, checkpoint=None):
         with SummaryWriter(folder) as writer:
             for tag, value in found.items():
                 writer.add_scalar(tag, value, global_step)
+    if args.track:
+        wandb.finish()
     return agent, folder
 
 
@@ -764,31 +770,30 @@ Domain = Minigrid
 
 
 def read_args():
-    """The flags, and the checkpoint of --resume or --evaluate. Its flags apply, except those given now."""
+    """The flags. With --resume or --evaluate the run's flags apply, except those given now."""
     args = tyro.cli(Domain, description=__doc__)
     folder = args.resume or args.evaluate
     if not folder:
-        return args, None
-    checkpoint = load_checkpoint(folder)
-    script = f"{Path(__file__).stem} {type(args).__name__.lower()}"
-    own = checkpoint.get("script")
-    require(own == script, f"{folder} is a run of {own}, not of {script}.")
-    args = replace(args, **checkpoint["args"])
-    return tyro.cli(Domain, description=__doc__, default=args), checkpoint
+        return args
+    saved = load_checkpoint(folder)["args"]
+    own = vars(args).keys() - set(NOT_SAVED)
+    require(saved.keys() == own, f"{folder} is a run of {saved.get('exp_name')}, which has other flags.")
+    return tyro.cli(Domain, description=__doc__, default=replace(args, **saved))
 
 
 def main():
     """Train or evaluate as the command line says. Returns the exit code."""
     try:
-        args, checkpoint = read_args()
+        args = read_args()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(args.num_threads)
         if args.evaluate:
             check_flags(args)
+            checkpoint = load_checkpoint(args.evaluate)
             step = checkpoint["iteration"] * args.num_steps * args.num_envs
             evaluate(args, checkpoint["agent"], args.evaluate / f"{step}.mp4")
         else:
-            train(args, checkpoint)
+            train(args)
     except (InputError, FloatingPointError, OSError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
