@@ -93,8 +93,8 @@ def update(agent, optimizer, obs, actions, logprobs, start_logprobs, advantages,
 def diagnostics(logratio, advantages, args):
     """Scalars: how far pi is from the behaviour policies, and how many samples still have a gradient.
 
-    logratio is (B, D) and advantages (B, 1). The coefficient c of a ratio is what its gradient -c A grad log pi / B says;
-    autograd finds it for any policy loss.
+    logratio is (B, D) and advantages (B, 1). The gradient of the policy loss is -c A grad log pi / B for each ratio;
+    autograd finds the coefficient c, whatever the loss.
     """
     sign = torch.where(advantages > 0, 1.0, -1.0)
     x = logratio.clone().requires_grad_()

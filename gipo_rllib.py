@@ -48,7 +48,7 @@ from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.rllib.env.wrappers.atari_wrappers import FireResetEnv
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from ray.tune.registry import register_env
-from tensorboardX import SummaryWriter
+from torch.utils.tensorboard import SummaryWriter
 
 CHECKPOINT = "checkpoint-*"  # in the run's folder, as is ARGS; the star is the step
 ARGS = "args.json"
@@ -114,8 +114,6 @@ class Args:
     """policy loss; clip is APPO's own"""
     sigma: float = 0.5
     """gipo: width of the Gaussian weight on the log-ratio of an action (0.2 to 2)"""
-    sigma_neg: float | None = None
-    """gipo: width for samples whose advantage is not positive; None uses --sigma (0.1 to 2)"""
     clip_coef: float = 0.4
     """clip: how far the ratio to the target network may move from 1 (0.1 to 0.4)"""
     kl_coef: float | None = None
@@ -140,7 +138,7 @@ RANGES = (
     (1, 1e15, "total_timesteps"),
     (2, 1e9, "num_steps batch_size"),
     (1e-6, 1e38, "learning_rate max_grad_norm reward_scale clip_coef"),
-    (1e-6, 10, "sigma sigma_neg"),
+    (1e-6, 10, "sigma"),
 )
 
 
@@ -174,41 +172,61 @@ def one_sentence(what: str, code: int = 2):
 def policy_loss(logratio, advantages, args):
     """GIPO: the importance ratio times a detached Gaussian of its logarithm (Lu et al. 2026).
 
-    logratio = log pi(a|s) - log mu(a|s), summed over action dimensions, and advantages are (B,). Returns the loss and
-    the detached coefficient c of each sample. A sample's gradient is -c A grad log pi / B.
+    logratio = log pi(a|s) - log mu(a|s) is (B, D), with a column for each part of an action that has a ratio of its
+    own: the whole action (D = 1), or each of its dimensions. advantages are (B, 1). Returns a scalar.
     """
-    z = torch.where(advantages > 0, logratio / args.sigma, logratio / (args.sigma_neg or args.sigma)).detach()
-    coef = torch.exp(logratio - 0.5 * z**2)  # ratio * weight in one exponential, which cannot overflow
-    return -(coef * advantages).mean(), coef.detach()
+    z = (logratio / args.sigma).detach()
+    return -(torch.exp(logratio - 0.5 * z**2) * advantages).sum(1).mean()  # in one exponential, which cannot overflow
 
 
-def diagnostics(logratio, coef):
-    """Scalars: how far pi is from the behaviour policies, and how many samples (B,) still have a gradient."""
-    ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88), and an outlier would swamp the mean
+def diagnostics(logratio, advantages, args):
+    """Scalars: how far pi is from the behaviour policies, and how many samples still have a gradient.
+
+    logratio is (B, D) and advantages (B, 1). A sample's gradient is -c A grad log pi / B, with the coefficient c.
+    """
+    logratio = logratio.requires_grad_()
+    sign = torch.where(advantages > 0, 1.0, -1.0)
+    (gradient,) = torch.autograd.grad(policy_loss(logratio, sign, args), logratio)
+    coef = (-sign * gradient * len(sign)).flatten()
+    logratio = logratio.detach()
+    joint = logratio.sum(1)
+    absolute = logratio.abs().flatten()
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could overflow
     return {
-        "losses/kl": -logratio.mean(),
-        "losses/approx_kl": (ratio - 1 - logratio).mean(),
-        "losses/clipfrac": ((ratio - 1).abs() > 0.2).float().mean(),
+        # float32 ends at exp(88), and an outlier would swamp the mean
+        "losses/approx_kl": (joint.clamp(max=20).exp() - 1 - joint).mean(),
+        "losses/clipfrac": ((logratio.exp() - 1).abs() > 0.2).float().mean(),
         # kthvalue, because torch.quantile takes 2**24 samples at most
-        "offpolicy/abs_logratio_p95": logratio.abs().kthvalue(math.ceil(0.95 * len(logratio))).values,
+        "offpolicy/abs_logratio_p95": absolute.kthvalue(math.ceil(0.95 * len(absolute))).values,
         "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
         "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
         "offpolicy/coef_mean": coef.mean(),
     }
 
 
-def clip_loss(logratio, old_logratio, pg_advantages, args: Args):
-    """APPO's loss and coefficients; it clips the ratio to the target network.
+def clip_loss(logratio, old_logratio, pg_advantages, args):
+    """APPO's own loss: it clips the ratio to the target network. All three are (B,).
 
     old_logratio = log pi_target(a|s) - log mu(a|s). V-trace scales pg_advantages by its exponential, at most 1.
     """
     ratio = torch.exp(-old_logratio).clamp(0, 2) * torch.exp(logratio)
-    low, high = 1 - args.clip_coef, 1 + args.clip_coef
-    objective = torch.min(ratio * pg_advantages, ratio.clamp(low, high) * pg_advantages)
-    inside = torch.where(pg_advantages > 0, ratio <= high, ratio >= low)
-    coef = ratio * inside * torch.exp(old_logratio).clamp(max=1)
-    return -objective.mean(), coef.detach()
+    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    return -torch.min(ratio * pg_advantages, clipped * pg_advantages).mean()
+
+
+def clip_diagnostics(logratio, old_logratio, advantages, args):
+    """What replaces the scalars of `diagnostics` that tell of GIPO's coefficient, for APPO's loss."""
+    logratio = logratio.requires_grad_()
+    sign = torch.where(advantages > 0, 1.0, -1.0)
+    loss = clip_loss(logratio, old_logratio, sign * torch.exp(old_logratio).clamp(max=1), args)
+    (gradient,) = torch.autograd.grad(loss, logratio)
+    coef = -sign * gradient * len(sign)
+    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)
+    return {
+        "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
+        "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
+        "offpolicy/coef_mean": coef.mean(),
+    }
 
 
 class Learner(APPOTorchLearner):
@@ -266,9 +284,10 @@ class Learner(APPOTorchLearner):
         # Policy loss
         logratio, old_logratio = rows(logratio)[valid], rows(old_logprobs - logprobs)[valid]
         if args.surrogate == "gipo":
-            pg_loss, coef = policy_loss(logratio, advantages, args)
+            # one column, because RLlib's distributions have the ratio of the whole action
+            pg_loss = policy_loss(logratio.unsqueeze(1), advantages.unsqueeze(1), args)
         else:
-            pg_loss, coef = clip_loss(logratio, old_logratio, advantages, args)
+            pg_loss = clip_loss(logratio, old_logratio, advantages, args)
 
         kl = -logratio.mean()  # KL(mu || pi), estimated on samples of mu
 
@@ -281,8 +300,12 @@ class Learner(APPOTorchLearner):
         self.broken = ~loss.detach().isfinite() | self.broken
         # the age is in gradient steps, and RLlib has already counted this one
         age = (self._weights_seq_no - 1 - batch[WEIGHTS_SEQ_NO][mask]).float()
-        scalars = diagnostics(logratio.detach(), coef)
+        logratio = logratio.detach()
+        scalars = diagnostics(logratio.unsqueeze(1), advantages.unsqueeze(1), args)
+        if args.surrogate == "clip":
+            scalars |= clip_diagnostics(logratio, old_logratio, advantages, args)
         scalars |= {"losses/policy_loss": pg_loss, "losses/value_loss": v_loss, "losses/entropy": entropy_loss}
+        scalars["losses/kl"] = kl
         scalars |= {"offpolicy/age_mean": age.mean(), "offpolicy/age_max": age.max()}
         self.metrics.log_dict({tag: value.detach() for tag, value in scalars.items()}, key=module_id, window=100)
         self.metrics.log_value((module_id, "charts/gradient_steps"), self._weights_seq_no, reduce="max", window=100)
@@ -335,7 +358,11 @@ def make_config(args: Args) -> APPOConfig:
             env = gym.make(args.env_id, frameskip=1)
             env = gym.wrappers.AtariPreprocessing(env, grayscale_newaxis=True, scale_obs=True)
             return Finite(FireResetEnv(env) if "FIRE" in env.unwrapped.get_action_meanings() else env)
-        return Finite(gym.make(args.env_id))
+        env = gym.make(args.env_id)
+        space = env.observation_space
+        if isinstance(space, gym.spaces.Box) and not np.issubdtype(space.dtype, np.floating):
+            env = gym.wrappers.DtypeObservation(env, np.float32)  # RLlib's networks take no integers
+        return Finite(env)
 
     def flat(space):
         return isinstance(space, gym.spaces.Box) and len(space.shape) == 1
@@ -350,6 +377,8 @@ def make_config(args: Args) -> APPOConfig:
     fits = continuous or (isinstance(actions, gym.spaces.Discrete) and actions.start == 0)
     rule = f"--env-id {args.env_id}: actions must be Discrete and count from 0, or a flat Box, not {actions}."
     require(fits, rule)
+    rule = f"--env-id {args.env_id}: actions must be of a floating point type, not {actions}."
+    require(not continuous or np.issubdtype(actions.dtype, np.floating), rule)
     register_env(args.env_id, make_env)
     layers = {"fcnet_hiddens": [64, 64], "fcnet_activation": "tanh"}
     model = DefaultModelConfig(**layers, free_log_std=continuous, vf_share_layers=False)
@@ -399,8 +428,10 @@ def read_args() -> Args:
     if not folder:
         return args
     with one_sentence(f"--resume {folder}: give the folder of a run with a checkpoint"):
-        # runs of the first edition had no KL term
-        saved = Args(**({"kl_coef": 0.0} | json.loads((folder / ARGS).read_text())), resume=folder)
+        # runs of the first edition had no KL term, and those of the second one had one more flag
+        flags = {"kl_coef": 0.0, "sigma_neg": None} | json.loads((folder / ARGS).read_text())
+        require(flags.pop("sigma_neg") is None, f"--resume {folder}: it was run with --sigma-neg, which is gone.")
+        saved = Args(**flags, resume=folder)
         step = step_of(newest_checkpoint(folder))
     args = tyro.cli(Args, default=saved)
     fields = [field.name for field in dataclasses.fields(Args)]
@@ -458,26 +489,34 @@ def not_finite(result: dict, weights: dict) -> list[str]:
 
 
 def main(args: Args, config: APPOConfig):
-    if not args.env_id.startswith("ALE/"):
-        torch.set_num_threads(1)  # threads of networks this small wait for each other, and actors need the cores
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # the actors need the cores, and two runs with more threads wait for each other
     stops = []
 
-    def stop_after_iteration(signum, _):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C aborts at once
+    def stop(signum, _):
         stops.append(signum)
+        if signum in (signal.SIGINT, signal.SIGTERM):  # a closing terminal sends its signal twice
+            print("\nstops after this iteration; once more ends the program at once", flush=True)
+            signal.signal(signum, signal.SIG_DFL)
 
-    # ignored, so that Ray's processes inherit this; a closing terminal sends the signal to all of them
-    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup:
+        # ignored, so that Ray's processes inherit this; a closing terminal sends the signal to all of them
+        before = signal.signal(hangup, signal.SIG_IGN)
     with one_sentence(f"--address {args.address}"):
         ray.init(address=args.address, include_dashboard=None if args.address else False, log_to_driver=False)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # now, because Ray sets handlers of its own
-        if signum != signal.SIGHUP or handler != signal.SIG_IGN:
-            signal.signal(signum, stop_after_iteration)
+    for signum in (signal.SIGINT, signal.SIGTERM):  # now, because Ray sets handlers of its own
+        signal.signal(signum, stop)
+    if hangup and before != signal.SIG_IGN:
+        signal.signal(hangup, stop)
     with one_sentence("RLlib cannot start", code=1):
         algorithm = config.build_algo()
+    purge_step = None
     if args.resume:
         with one_sentence(f"--resume {args.resume}: its checkpoint cannot be read"):
-            algorithm.restore_from_path(str(newest_checkpoint(args.resume).absolute()))
+            checkpoint = newest_checkpoint(args.resume)
+            algorithm.restore_from_path(str(checkpoint.absolute()))
+        purge_step = step_of(checkpoint) + 1  # steps after the checkpoint are logged again
     # in nanoseconds, because runs that start together must not share a folder
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     folder = args.resume or Path("runs", re.sub(r"[^A-Za-z0-9_.-]", "-", run_name))
@@ -485,7 +524,7 @@ def main(args: Args, config: APPOConfig):
         folder.mkdir(parents=True, exist_ok=True)
     saved = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("resume", "address")}
     (folder / ARGS).write_text(json.dumps(saved, indent=1))
-    writer = SummaryWriter(str(folder))
+    writer = SummaryWriter(folder, purge_step=purge_step)
     if not args.resume:
         save(algorithm, folder, 0)  # so that there is one, however early the run stops
         table = "\n".join(f"|{name}|{value}|" for name, value in saved.items())
@@ -515,6 +554,7 @@ def main(args: Args, config: APPOConfig):
         require(not broken, rule, 1)
         last = stops or step >= args.total_timesteps
         if last or iteration % args.checkpoint_interval == 0:
+            writer.flush()  # before the checkpoint, which must not be ahead of the log
             save(algorithm, folder, step)
         if last:
             break

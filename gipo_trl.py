@@ -425,6 +425,12 @@ class Log(transformers.TrainerCallback):
         self.writer = SummaryWriter(folder, purge_step=first_iteration + 1)
         self.stops = []
 
+    def stop(self, signum, _):
+        self.stops.append(signum)
+        if signum in (signal.SIGINT, signal.SIGTERM):  # a closing terminal sends its signal twice
+            print("\nstops after this iteration; once more ends the program at once", flush=True)
+            signal.signal(signum, signal.SIG_DFL)
+
     def on_log(self, _, state, control, logs, **kwargs):
         iteration = state.global_step // self.args.minibatches
         broken = [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -445,6 +451,8 @@ class Log(transformers.TrainerCallback):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # most are deprecations among the libraries
     transformers.utils.logging.disable_progress_bar()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # two runs with more threads wait for each other, and one gains little
     args, checkpoint = read_args()
     held_out, rows = read_rows(args)
     reward = read_reward(args)
@@ -466,9 +474,10 @@ if __name__ == "__main__":
     (folder / "args.json").write_text(json.dumps(flags, default=str))
     log = Log(args, folder, first_iteration)
     trainer.add_callback(log)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP under nohup
-            signal.signal(number, lambda signum, _: log.stops.append(signum))
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP under nohup
+            signal.signal(number, log.stop)
     print(f"{folder}: {'goes on' if args.resume else 'starts'} after iteration {first_iteration}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if log.stops:

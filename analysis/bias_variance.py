@@ -13,15 +13,17 @@ importance sampling is unbiased, so bias = E[g] - E[g of plain IS], and the mean
 MSE(n) = bias^2 + Var[g] / n. Nothing is sampled: with four actions every expectation is a sum.
 """
 
-import csv
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import tyro
 
-from analysis import common
+from analysis.coefficients import coefficients, loss, make_folder
+from benchmark import methods
 
 GAMMA = 0.9
 UP, DOWN, LEFT, RIGHT = range(4)
@@ -60,10 +62,10 @@ OFF_POLICY = [case for case in CASES if case[1] != "D"]
 SIGMAS = [round(float(s), 3) for s in np.geomspace(0.1, 6.4, 25)]
 # flags of each method, from much to little shrinking; SAPO's last ones are its authors'
 SWEEPS = {
-    "none": [{}],
+    "plain_is": [{}],
     "gipo": [{"sigma": s} for s in sorted({0.3, 0.5, 1.0, 2.0, *SIGMAS})],
     "clip": [{"clip_coef": e} for e in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)],
-    "dual-clip": [{"clip_coef": e} for e in (0.1, 0.2, 0.3)],
+    "dual_clip": [{"clip_coef": e} for e in (0.1, 0.2, 0.3)],
     "sapo": [{"sapo_tau": t, "sapo_tau_neg": 1.05 * t} for t in (8.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.7, 0.5, 0.25)]
     + [{"sapo_tau": 1.0, "sapo_tau_neg": 2.0}],
     "tis": [{"tis_cap": c} for c in (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 4.0)],
@@ -101,7 +103,7 @@ def estimate(target: str, behaviour: str, method: str, **flags) -> Estimate:
     advantage = advantages(TARGETS[target])
     # shrunk slightly, so that rounding does not put a ratio of exactly 1 +- epsilon outside of the clip
     logratio = np.log(pi / mu) * (1 - 1e-12)
-    coef = common.coefficients(common.loss(method, **flags), logratio, advantage)
+    coef = coefficients(loss(method, **flags), logratio, advantage)
     score = np.eye(4) - pi  # row a: gradient of log pi(a) with respect to the four logits
     gradient, truth = (mu * coef * advantage) @ score, (pi * advantage) @ score
     sample = coef * advantage * score[:, RIGHT]
@@ -115,24 +117,21 @@ def estimate(target: str, behaviour: str, method: str, **flags) -> Estimate:
     )
 
 
-def write_csv(path: Path):
-    """One row per case, method and flags. The bias has no sign. The cosine is empty where no gradient is left."""
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        mse_columns = [f"mse_{n}" for n in SAMPLES]
-        rows.writerow(
-            ["target", "behaviour", "method", "flags", "expectation", "variance", "bias", *mse_columns, "cosine"]
-        )
-        for target, behaviour in CASES:
-            for method, sweep in SWEEPS.items():
-                for flags in sweep:
-                    found = estimate(target, behaviour, method, **flags)
-                    numbers = [found.expectation, found.variance, abs(found.bias), *map(found.mse, SAMPLES)]
-                    # 12 places: rounding noise of float64 stays out of sight; + 0.0 makes -0 a 0
-                    cells = [f"{round(float(number), 12) + 0.0:.12f}" for number in numbers]
-                    cosine = "" if np.isnan(found.cosine) else f"{round(float(found.cosine), 12) + 0.0:.12f}"
-                    words = " ".join(f"{flag}={value:g}" for flag, value in flags.items())
-                    rows.writerow([target, behaviour, method, words, *cells, cosine])
+def estimates() -> pd.DataFrame:
+    """A line for each case, method and flags. The bias has no sign. The cosine is empty where no gradient is left."""
+    lines = []
+    for (target, behaviour), (method, sweep) in itertools.product(CASES, SWEEPS.items()):
+        for flags in sweep:
+            found = estimate(target, behaviour, method, **flags)
+            words = " ".join(f"{flag}={value:g}" for flag, value in flags.items())
+            line = {"target": target, "behaviour": behaviour, "method": method, "flags": words}
+            line |= {"expectation": found.expectation, "variance": found.variance, "bias": abs(found.bias)}
+            lines.append(line | {f"mse_{n}": found.mse(n) for n in SAMPLES} | {"cosine": found.cosine})
+    # 12 places: rounding noise of float64 stays out of sight; + 0.0 makes -0 a 0
+    table = pd.DataFrame(lines)
+    numbers = table.select_dtypes("number").columns
+    table[numbers] = table[numbers].round(12) + 0.0
+    return table
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -148,15 +147,15 @@ def draw_plane() -> plt.Figure:
     """Bias against variance, relative to plain IS, with each method's frontier as its bandwidth sweeps."""
     fig, axes = plt.subplots(2, 3, figsize=(9, 6), sharex=True, sharey=True, layout="constrained")
     for ax, (target, behaviour) in zip(axes.T.flat, [(t, b) for t in TARGETS for b in "CG"], strict=True):
-        plain = estimate(target, behaviour, "none")
+        plain = estimate(target, behaviour, "plain_is")
         for method, sweep in SWEEPS.items():
-            if method == "dual-clip":  # no ratio above 3 here, where it would differ from PPO-clip
+            if method == "dual_clip":  # no ratio above 3 here, where it would differ from PPO-clip
                 continue
             found = [estimate(target, behaviour, method, **flags) for flags in sweep]
             points = [(100 * abs(e.bias / plain.expectation), 100 * e.variance / plain.variance) for e in found]
-            label, color, line = common.STYLES[method]
+            label, color, line = methods.style(method)
             ax.plot(*zip(*points, strict=True), "o", color=color, markersize=3, alpha=0.4)
-            marker = "*" if method == "none" else "."
+            marker = "*" if method == "plain_is" else "."
             ax.plot(*zip(*pareto(points), strict=True), marker=marker, linestyle=line, color=color, label=label)
         ax.set_title(f"target {target}, behaviour {behaviour}", fontsize=10)
         ax.set_xlim(-5, 150)
@@ -195,8 +194,8 @@ def main(out: Path = Path("docs/figures")):
     Args:
         out: folder for bias_variance.csv, bias_variance.png and best_sigma.png; created if need be
     """
-    common.make_folder(out)
-    write_csv(out / "bias_variance.csv")
+    make_folder(out)
+    estimates().to_csv(out / "bias_variance.csv", index=False, float_format="%.12f")
     draw_plane().savefig(out / "bias_variance.png", dpi=150)
     draw_sigma().savefig(out / "best_sigma.png", dpi=150)
 

@@ -14,10 +14,11 @@ import numpy as np
 import tyro
 from scipy.stats import norm
 
-from analysis import common
+from analysis.coefficients import coefficients, loss, make_folder
+from benchmark import methods
 
 # at the defaults of the scripts, and GIPO once more with a wider weight
-LINES = [(method, {}) for method in ("none", "clip", "dual-clip", "sapo", "tis", "spo", "gipo")]
+LINES = [(method, {}) for method in ("plain_is", "clip", "dual_clip", "sapo", "tis", "spo", "gipo")]
 LINES += [("gipo", {"sigma": 1.0})]
 
 
@@ -31,20 +32,21 @@ def drifted(s: float, points: int = 20_001) -> tuple[np.ndarray, np.ndarray]:
 def dead_share(method: str, s: float, threshold: float = 1e-3, points: int = 20_001, **flags) -> float:
     """Share of samples with |c| below the threshold at drift s, both signs of the advantage alike."""
     logratio, mass = drifted(s, points)
-    loss = common.loss(method, **flags)
-    return float(np.mean([mass @ (np.abs(common.coefficients(loss, logratio, sign)) < threshold) for sign in (1, -1)]))
+    own = loss(method, **flags)
+    return float(np.mean([mass @ (np.abs(coefficients(own, logratio, sign)) < threshold) for sign in (1, -1)]))
 
 
 def draw() -> plt.Figure:
+    """Both coefficients and the dead share, by method."""
     fig, (positive, negative, dead) = plt.subplots(1, 3, figsize=(9, 3.6), layout="constrained")
     logratio = np.linspace(-2, 2, 801)
     drifts = np.linspace(0.01, 2, 100)
     for method, flags in LINES:
-        label, color, line = common.STYLES[method]
+        label, color, line = methods.style(method)
         style = {"linestyle": line, "color": color, "linewidth": 0.8 if flags else 1.5}
         label = ", ".join([label, *(f"{flag} {value:g}" for flag, value in flags.items())])
         for ax, sign in ((positive, 1), (negative, -1)):
-            ax.plot(logratio, common.coefficients(common.loss(method, **flags), logratio, sign), label=label, **style)
+            ax.plot(logratio, coefficients(loss(method, **flags), logratio, sign), label=label, **style)
         dead.plot(drifts, [100 * dead_share(method, s, **flags) for s in drifts], **style)
     for ax, sign in ((positive, ">"), (negative, "<")):
         ax.set(ylim=(-0.6, 2.6), xlabel="log-ratio x")
@@ -63,7 +65,7 @@ def main(out: Path = Path("docs/figures")):
     Args:
         out: folder for surrogates.png; created if need be
     """
-    draw().savefig(common.make_folder(out) / "surrogates.png", dpi=150)
+    draw().savefig(make_folder(out) / "surrogates.png", dpi=150)
 
 
 if __name__ == "__main__":

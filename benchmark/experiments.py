@@ -3,232 +3,155 @@
     ./benchmark.sh staleness --dry-run     # print the commands
     ./benchmark.sh staleness               # run what is missing, one run per core
 
-Bandwidths are tuned on environments and seeds that are never reported. `quick` takes the scripts' defaults instead.
+Methods have the flags that `tune` chose for them. In discrete domains, which `tune` does not have, and in `quick` they
+have the scripts' defaults. Tuning and reporting share no seed.
 """
 
 import itertools
-import math
+import os
 import sys
-from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from statistics import mean
 from typing import Literal
 
 import tyro
 
-from benchmark.runs import Missing, Run, finished, run_all
-from benchmark.scripts import ROOT
+from benchmark import tuning
+from benchmark.measurements import measure, scale, scored
+from benchmark.methods import CONTINUOUS, name, run
+from benchmark.runner import ROOT, Missing, Run, run_all, unfinished
+from benchmark.tuning import KL_TERMS, METHODS, SIZES, STEPS
 
-METHODS = ("gipo", "clip", "sapo", "tis", "decoupled", "none")
-PAIR = METHODS[:2]
-# by the first four letters of an environment's id: the baseline's subcommand and GIPO's script
-DOMAINS = {"ALE/": ("atari", "gipo_atari.py"), "Mini": ("minigrid", "gipo_minigrid_vision.py")}
-CONTINUOUS = ("continuous", "gipo_continuous.py")
-PEERS, RLLIB, TRL = (ROOT / f".venv-{name}" / "bin" / "python" for name in ("peers", "rllib", "trl"))
+PAIR, THREE_METHODS, FOUR_METHODS = METHODS[:2], METHODS[:3], METHODS[:4]
+PEERS, RLLIB, TRL = (ROOT / f".venv-{venv}" / "bin" / "python" for venv in ("peers", "rllib", "trl"))
 
-LOCOMOTION = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
-ANT = ("Ant-v5",)
-TASKS = ("reach", "button-press-topdown", "drawer-close", "window-open", "door-open")
-METAWORLD = tuple(f"Meta-World/{task}-v3" for task in TASKS)
-MINIGRID = ("MiniGrid-Fetch-5x5-N2-v0", "MiniGrid-GoToDoor-5x5-v0", "MiniGrid-GoToObject-6x6-N2-v0")
-ATARI = ("ALE/Pong-v5", "ALE/Breakout-v5")
+LOCOMOTION = tuning.TASKS
+WITH_ANT = (*LOCOMOTION, "Ant-v5")
+METAWORLD = ("Meta-World/door-open-v3", "Meta-World/window-open-v3")
+FETCH, PONG = "MiniGrid-Fetch-5x5-N2-v0", "ALE/Pong-v5"
 CLASSIC = ("CartPole-v1", "Pendulum-v1")  # for RLlib
 QUICK = {"Hopper-v5": 100_000, "MiniGrid-Empty-5x5-v0": 20_000}  # steps
-REPORTED = (*LOCOMOTION, *ANT, *METAWORLD, *MINIGRID, *ATARI, *CLASSIC, *QUICK)
+REPORTED = (*WITH_ANT, *METAWORLD, FETCH, PONG, *CLASSIC, *QUICK)
 
-STEPS = 150_000
+TEN = tuple(range(11, 200, 20))  # seeds
+FIVE, THREE = TEN[:5], TEN[:3]
+LARGE = (1, 8, 32)  # sizes K of the replay buffer
 FREEZE_AT = 24 * 2048  # so that 24 rollouts of 2048 steps hold all that was collected before
-KL = 0.1  # weight of the KL term in runs with KL
-SEEDS = tuple(range(11, 200, 20))  # tuning has others
-FIVE, THREE = SEEDS[:5], SEEDS[:3]
-
-TUNING = ("Swimmer-v5", "Reacher-v5", "InvertedDoublePendulum-v5")
-TUNING_SEEDS = (1001, 1002)
-RATE = 1e-3
-# the candidates of tuning; plain importance sampling has no bandwidth, so its learning rate varies
-GRID: dict[str, list[dict[str, float]]] = {
-    "gipo": [{"sigma": sigma} for sigma in (0.3, 0.5, 1.0)],
-    "clip": [{"clip_coef": eps} for eps in (0.1, 0.2, 0.3)],
-    "sapo": [{"sapo_tau": tau, "sapo_tau_neg": 1.05 * tau} for tau in (0.5, 1.0, 2.0)],
-    "tis": [{"tis_cap": cap} for cap in (1.0, 2.0, 5.0)],
-    "decoupled": [{"clip_coef": eps, "tis_cap": cap} for eps, cap in ((0.1, 1.0), (0.2, 1.0), (0.2, 2.0))],
-    "none": [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)],
-}
-WIDTHS = (0.3, 0.5, 1.0)  # of GIPO's weight, per dimension of an action
-DIMENSIONS = {"Swimmer-v5": 2, "Reacher-v5": 2, "InvertedDoublePendulum-v5": 1}  # of an action
-DIMENSIONS |= {"HalfCheetah-v5": 6, "Hopper-v5": 3, "Walker2d-v5": 6}
+MILLION = 1_000_000
+EVALUATED = {"eval_episodes": 20}  # measures the policy that learns, which is not always the one that acts
+CLEANRL = {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32, "learning_rate": 3e-4, "clip_coef": 0.2}
 RLLIB_RATES = (5e-4, 1e-3)
 TRL_LOSSES = ("gipo", "clip", "sapo", "vespo")
-Groups = dict[Hashable, list[Run]]
 
 
-def words(flags: dict) -> tuple[str, ...]:
-    """Flags as words of a command. A flag that is None is left out."""
-    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in flags.items() if value is not None)
-    return tuple(word for flag, x in pairs for word in (flag, f"{x:g}" if isinstance(x, float) else str(x)))
+def grid(lines: Iterable[tuple[str, str, dict]], seeds, envs, dials=({},), steps=STEPS) -> Iterator[Run]:
+    """Runs of (line, method, flags) by seed, dial (more flags) and environment. Lines vary fastest."""
+    lines = list(lines)
+    for seed, dial, env_id, (line, method, flags) in itertools.product(seeds, dials, envs, lines):
+        yield run(method, env_id, seed, line, **({"total_timesteps": steps} | flags | dial))
 
 
-def run(method: str, env_id: str, seed: int, **flags) -> Run:
-    """One run of a method with these flags, without the evaluation at its end; equal flags give equal commands."""
-    domain, gipo = DOMAINS.get(env_id[:4], CONTINUOUS)
-    flags = {"env_id": env_id, "seed": seed, **dict(sorted(flags.items())), "eval_episodes": 0}
-    if method == "gipo":
-        return Run(method, gipo, words(flags))
-    if method == "clip":
-        return Run(method, "ppo_baseline.py", (domain, *words(flags)))
-    return Run(method, "benchmark/variants.py", (method, "ppo_baseline.py", domain, *words(flags)))
+def chosen(methods: Iterable[str], **more) -> list[tuple[str, str, dict]]:
+    """Lines of methods with their choice, one setting for all K."""
+    return [(name(method), method, tuning.choice(method) | more) for method in methods]
 
 
-# ------------------------------------------------------ Tuning -------------------------------------------------------
-def candidate(method: str, i: int, kl: float) -> dict[str, float]:
-    """The flags of a method's candidate number i."""
-    return {"learning_rate": RATE, **GRID[method][i], "kl_coef": kl}
-
-
-def tuning() -> Groups:
-    """The runs of each candidate (method, its number in GRID, KL coefficient)."""
-    flags = {(m, i, kl): candidate(m, i, kl) for m in METHODS for i in range(len(GRID[m])) for kl in (0, KL)}
-    places = list(itertools.product(TUNING_SEEDS, TUNING, (1, 8)))
-    return {
-        name: [run(name[0], env_id, seed, total_timesteps=STEPS, buffer_epochs=k, **own) for seed, env_id, k in places]
-        for name, own in flags.items()
-    }
-
-
-def group_scores(experiment: str, groups: Groups) -> dict[Hashable, float]:
-    """The score of each group of runs: the mean of their final returns, scaled to [0, 1] within each environment.
-
-    0 is the worst run of all groups and 1 the best. A run that diverged counts as 0.
-    """
-    found = finished()
-    runs = list(itertools.chain(*groups.values()))
-    missing = sum(one.command not in found for one in runs)
-    if missing:
-        raise Missing(f"{missing} runs of {experiment} are missing; run ./benchmark.sh {experiment} first.")
-    returns = defaultdict(list)
-    for one in runs:
-        known = found[one.command]
-        if known["final_return"]:
-            returns[known["env_id"]].append(float(known["final_return"]))
-
-    def scaled(known):
-        low, high = min(returns[known["env_id"]]), max(returns[known["env_id"]])
-        return (float(known["final_return"]) - low) / (high - low) if known["final_return"] else 0.0
-
-    return {name: mean(scaled(found[one.command]) for one in group) for name, group in groups.items()}
-
-
-def tuned(method: str, kl: float = KL) -> dict[str, float]:
-    """A method's best flags with this KL coefficient. They were chosen at 0 or at KL."""
-    known = group_scores("tune", tuning())
-    best = max(range(len(GRID[method])), key=lambda i: known[method, i, KL if kl else 0])
-    return candidate(method, best, kl)
-
-
-def per_dimension(width: float, env_id: str, seed: int, k: int) -> Run:
-    """A run of GIPO with KL. Its sigma is `width` times the square root of the number of an action's dimensions.
-
-    The log-ratio of a whole action spreads that much further than the log-ratio of one dimension.
-    """
-    sigma = round(width * math.sqrt(DIMENSIONS[env_id]), 3)
-    flags = {"total_timesteps": STEPS, "buffer_epochs": k, "learning_rate": RATE, "kl_coef": KL, "sigma": sigma}
-    return run("gipo", env_id, seed, **flags)
-
-
-def width_tuning() -> Groups:
-    """The runs of each width per dimension."""
-    places = list(itertools.product(TUNING, TUNING_SEEDS, (1, 8)))
-    return {width: [per_dimension(width, *place) for place in places] for width in WIDTHS}
-
-
-def distributed(surrogate: str, env_id: str, seed: int, rate: float, reuse: int) -> Run:
-    """A run of RLlib with two actors: GIPO's loss with a KL term, or APPO's loss without one."""
-    flags = {"surrogate": surrogate, "env_id": env_id, "seed": seed, "buffer_reuse": reuse, "learning_rate": rate}
-    flags |= {"kl_coef": KL if surrogate == "gipo" else 0, "total_timesteps": 100_000}
-    flags |= {"reward_scale": 0.01 if env_id == "Pendulum-v1" else None}
-    return Run(surrogate, "gipo_rllib.py", words(flags), RLLIB)
-
-
-def rllib_tuning() -> Groups:
-    """The runs of each (surrogate, learning rate)."""
-    names = itertools.product(PAIR, RLLIB_RATES)
-    return {(m, rate): [distributed(m, env_id, TUNING_SEEDS[0], rate, 2) for env_id in CLASSIC] for m, rate in names}
-
-
-# ---------------------------------------------------- Experiments ----------------------------------------------------
-def grid(methods, seeds, envs, dials, kl: float = KL, **flags) -> Iterator[Run]:
-    """Runs of tuned methods by seed, dial (a set of flags) and environment. Methods vary fastest."""
-    best = {method: tuned(method, kl) for method in methods}
-    for seed, dial, env_id, method in itertools.product(seeds, dials, envs, methods):
-        yield run(method, env_id, seed, **({"total_timesteps": STEPS} | best[method] | flags | dial))
-
-
-def buffers(*sizes: int) -> list[dict]:
-    """Dials: the size K of the replay buffer."""
-    return [{"buffer_epochs": k} for k in sizes]
-
-
-def tune() -> Iterator[Run]:
-    yield from itertools.chain(*tuning().values())
+def sizes(*ks: int) -> list[dict]:
+    return [{"buffer_epochs": k} for k in ks]
 
 
 def staleness() -> Iterator[Run]:
-    yield from grid(METHODS, SEEDS, LOCOMOTION, buffers(1, 8, 32))
-    yield from grid(PAIR, SEEDS, LOCOMOTION, buffers(1, 8, 32), kl=0)
-    yield from grid(METHODS[2:], FIVE, LOCOMOTION, buffers(1, 8, 32), kl=0)
+    """One setting for all K, and beside it the best setting for K = 1 and for K = 8."""
+    yield from grid(chosen(METHODS), TEN, LOCOMOTION, sizes(*LARGE))
+    for k in SIZES:
+        best = [(f"{name(method)}, best for its K", method, tuning.choice(method, k)) for method in METHODS]
+        yield from grid(best, TEN, LOCOMOTION, sizes(k))
+
+
+def fresh_clip() -> list[Run]:
+    """What has the score 1: PPO-clip on fresh data."""
+    return list(grid(chosen(["clip"]), TEN, LOCOMOTION, sizes(1)))
+
+
+def best_size(method: str) -> int:
+    """The K of `staleness` with the best mean score of a method."""
+    plan = list(grid(chosen([method]), TEN, LOCOMOTION, sizes(*LARGE)))
+    table = scored(measure(plan), scale(fresh_clip(), "staleness"))
+    if table.value.isna().any():
+        raise Missing("runs of staleness are missing; run ./benchmark.sh staleness first.")
+    return int(table.groupby("buffer_epochs").value.mean().idxmax())
+
+
+def updates() -> Iterator[Run]:
+    """More update epochs per iteration. 10 is the default, so that these runs are those of `staleness`."""
+    dials = [{"buffer_epochs": k, "update_epochs": n} for k in LARGE for n in (None, 20, 40)]
+    yield from grid(chosen(THREE_METHODS), FIVE, LOCOMOTION, dials)
+
+
+def million() -> Iterator[Run]:
+    """A million steps, next to PPO of others; at last the script as it is, with no flag but --env-id."""
+    fresh, old = {"buffer_epochs": 1}, {method: {"buffer_epochs": best_size(method)} for method in ("gipo", "sapo")}
+    lines = [(f"{name(m)}, K = {k['buffer_epochs']}", m, tuning.choice(m) | k) for m, k in old.items() if k != fresh]
+    lines += [(f"{name(m)}, K = 1", m, tuning.choice(m) | fresh) for m in PAIR]
+    lines += [(f"{name('sapo')}, K = 1", "sapo", tuning.choice("sapo") | fresh)] if old["sapo"] == fresh else []
+    lines.append((f"{name('clip')}, CleanRL's flags", "clip", CLEANRL))
+    yield from grid(lines, FIVE, WITH_ANT, [{"compile": True}], MILLION)
+    yield from (peer("ppo", env_id, seed, MILLION) for seed, env_id in itertools.product(FIVE, WITH_ANT))
+    for env_id in WITH_ANT:
+        yield Run("gipo", CONTINUOUS[1], {"env_id": env_id}, f"{name('gipo')}, no flags")
 
 
 def ablation() -> Iterator[Run]:
-    """V-trace is the scripts' default. Its flag is left out, so that these runs equal those of `staleness`.
-
-    Lines that the scripts' defaults follow from have ten seeds.
-    """
-    for source, kl in itertools.product((None, "recompute"), (0, 0.03, KL, 0.3)):
-        seeds = FIVE if source or kl > KL else SEEDS
-        yield from grid(["gipo"], seeds, LOCOMOTION, buffers(1, 8, 32), kl, advantage_source=source)
-    for sigma in (0.2, 0.5, 1.0, 2.0):
-        yield from grid(["gipo"], SEEDS if sigma == 0.5 else FIVE, LOCOMOTION, buffers(1, 8), sigma=sigma)
-    yield from grid(["clip"], SEEDS, LOCOMOTION, buffers(1, 8, 32), kl=0)
-    yield from grid(["clip"], FIVE, LOCOMOTION, buffers(1, 8, 32), kl=0, advantage_source="recompute")
-
-
-def width_tune() -> Iterator[Run]:
-    yield from itertools.chain(*width_tuning().values())
-
-
-def width() -> Iterator[Run]:
-    known = group_scores("width-tune", width_tuning())
-    for seed, k, env_id in itertools.product(SEEDS, (1, 8, 32), LOCOMOTION):
-        yield per_dimension(max(WIDTHS, key=known.get), env_id, seed, k)
-
-
-def freeze() -> Iterator[Run]:
-    yield from grid(METHODS, FIVE, LOCOMOTION, buffers(24), freeze_buffer_at=FREEZE_AT)
-    yield from grid(PAIR, FIVE, LOCOMOTION, buffers(24), kl=0, freeze_buffer_at=FREEZE_AT)
+    """From GIPO's choice one thing at a time."""
+    own = tuning.choice("gipo")
+    other = {"action": "dimension", "dimension": "action"}[own["ratio"]]
+    changes = {"GIPO": {}, f"ratio per {other}": {"ratio": other}}
+    for term in KL_TERMS:
+        text = f"KL {term['kl_coef']:g} to {term['kl_to']}" if term["kl_coef"] else "no KL"
+        changes |= {} if term.items() <= own.items() else {text: {"kl_to": None} | term}
+    changes |= {f"sigma {own['sigma'] * x:g}": {"sigma": own["sigma"] * x} for x in (0.5, 2.0)}
+    changes["without V-trace"] = {"advantage_source": "recompute"}
+    lines = [(line, "gipo", own | change) for line, change in changes.items()]
+    lines.append(("weight only where r > 1", "one_sided", own))
+    yield from grid(lines, FIVE, LOCOMOTION, sizes(8, 32))
 
 
 def lag() -> Iterator[Run]:
-    yield from grid(METHODS, FIVE, LOCOMOTION, [{"policy_lag": n or None} for n in (0, 2, 8)], buffer_epochs=1)
+    dials = [{"policy_lag": n or None} for n in (0, 2, 8)]
+    yield from grid(chosen(FOUR_METHODS, buffer_epochs=1, **EVALUATED), FIVE, LOCOMOTION, dials)
 
 
-def ant() -> Iterator[Run]:
-    yield from grid(METHODS[:3], FIVE, ANT, buffers(1, 8), total_timesteps=2 * STEPS)
+def freeze() -> Iterator[Run]:
+    own = chosen(FOUR_METHODS, buffer_epochs=24, freeze_buffer_at=FREEZE_AT, **EVALUATED)
+    yield from grid(own, FIVE, LOCOMOTION)
 
 
 def metaworld() -> Iterator[Run]:
-    methods = ("gipo", "clip", "sapo", "none")
+    """Actions have four dimensions. Each unit of the ratio has the best setting of that unit."""
+    units = itertools.product(PAIR, ("dimension", "action"))
+    lines = [(f"{name(m)}, ratio per {ratio}", m, tuning.choice(m, ratio=ratio)) for m, ratio in units]
     large = {"num_envs": 8, "num_steps": 64, "buffer_epochs": 40}
-    yield from grid(methods, THREE, METAWORLD, [large], total_timesteps=300_000)
-    # the stale regime of the method's authors: new data is a two-thousandth of the buffer
-    small = {"num_envs": 1, "num_steps": 10, "buffer_epochs": 2000, "minibatch_size": 512, "num_minibatches": 1}
-    yield from grid(methods, THREE, (METAWORLD[0], METAWORLD[-1]), [small], total_timesteps=100_000)
+    yield from grid(lines, THREE, METAWORLD, [large], 300_000)
+
+
+def defaults(methods: Iterable[str]) -> list[tuple[str, str, dict]]:
+    """Lines of methods with the scripts' defaults."""
+    return [(name(method), method, {}) for method in methods]
+
+
+def minigrid() -> Iterator[Run]:
+    yield from grid(defaults(PAIR), THREE, [FETCH], sizes(1, 32), steps=None)
+
+
+def pong() -> Iterator[Run]:
+    yield from grid(defaults(PAIR), THREE, [PONG], [{"buffer_epochs": 8, "bfloat16": True}], MILLION)
 
 
 def peer(algorithm: str, env_id: str, seed: int, steps: int) -> Run:
     """A method of Stable-Baselines3, at its defaults."""
     flags = {"algorithm": algorithm, "env_id": env_id, "seed": seed, "total_timesteps": steps}
-    return Run(f"sb3-{algorithm}", "benchmark/sb3_agent.py", words(flags), PEERS)
+    method = f"sb3-{algorithm}"
+    return Run(method, "benchmark/sb3_agent.py", flags, name(method), PEERS)
 
 
 def peers() -> Iterator[Run]:
@@ -236,48 +159,54 @@ def peers() -> Iterator[Run]:
         yield peer(algorithm, env_id, seed, STEPS)
 
 
-def minigrid() -> Iterator[Run]:
-    dials = [{"buffer_epochs": k, "policy_lag": lag} for k, lag in ((1, None), (32, None), (1, 8))]
-    yield from grid(PAIR, THREE, MINIGRID, dials, learning_rate=None, total_timesteps=None)
-
-
-def atari() -> Iterator[Run]:
-    yield from grid(PAIR, THREE, ATARI, buffers(8), learning_rate=None, total_timesteps=1_000_000)
+def distributed(surrogate: str, env_id: str, seed: int, rate: float, reuse: int, line: str) -> Run:
+    """A run of RLlib with two actors: GIPO's loss with a KL term, or APPO's loss without one."""
+    flags = {"surrogate": surrogate, "env_id": env_id, "seed": seed, "buffer_reuse": reuse, "learning_rate": rate}
+    flags |= {"kl_coef": 0.1 if surrogate == "gipo" else 0, "total_timesteps": 100_000}
+    flags |= {"reward_scale": 0.01} if env_id == "Pendulum-v1" else {}
+    return Run(surrogate, "gipo_rllib.py", flags, line, RLLIB)
 
 
 def rllib_tune() -> Iterator[Run]:
-    yield from itertools.chain(*rllib_tuning().values())
+    for surrogate, rate, env_id in itertools.product(PAIR, RLLIB_RATES, CLASSIC):
+        yield distributed(surrogate, env_id, tuning.SEEDS[0], rate, 2, "tuning")
 
 
 def rllib() -> Iterator[Run]:
-    known = group_scores("rllib-tune", rllib_tuning())
-    rates = {method: max(RLLIB_RATES, key=lambda rate: known[method, rate]) for method in PAIR}
+    """Each loss has the learning rate with the better mean rank over both tasks."""
+    known = measure(list(rllib_tune()))
+    if known.value.isna().any():
+        raise Missing("runs of rllib-tune are missing; run ./benchmark.sh rllib-tune first.")
+    ranks = known.assign(rank=known.groupby("env_id").value.rank())
+    rates = ranks.groupby(["method", "learning_rate"])["rank"].mean()
     for seed, reuse, env_id, method in itertools.product(THREE, (1, 2, 8), CLASSIC, PAIR):
-        yield distributed(method, env_id, seed, rates[method], reuse)
+        line = "clip of APPO" if method == "clip" else name(method)
+        yield distributed(method, env_id, seed, rates[method].idxmax(), reuse, line)
 
 
 def llm() -> Iterator[Run]:
     """A tiny language model sorts digits. GIPO has the defaults of gipo_trl.py, the other losses those of TRL."""
     dials = ((1, 0), (8, 0), (32, 0), (1, 8), (1, 32))
-    for seed, (k, lag), kl, loss in itertools.product(THREE, dials, (KL, 0), TRL_LOSSES):
+    for seed, (k, lag), kl, loss in itertools.product(THREE, dials, (0.1, 0), TRL_LOSSES):
         flags = {"surrogate": loss, "seed": seed, "buffer_epochs": k, "policy_lag": lag, "kl_coef": kl}
-        yield Run(loss, "gipo_trl.py", words(flags), TRL)
+        line = f"{'clip of TRL' if loss == 'clip' else name(loss)} {'with' if kl else 'without'} KL"
+        yield Run(loss, "gipo_trl.py", flags, line, TRL)
 
 
 def quick() -> Iterator[Run]:
     """The scripts' defaults, in about five minutes on two cores. No Atari game is learned in that time."""
-    for seed, k, (env_id, steps), method in itertools.product(THREE, (1, 8), QUICK.items(), PAIR):
-        yield run(method, env_id, seed, total_timesteps=steps, buffer_epochs=k)
+    for env_id, steps in QUICK.items():
+        yield from grid(defaults(PAIR), THREE, [env_id], sizes(1, 8), steps)
 
 
-ALL = (tune, staleness, ablation, width_tune, width, freeze, lag, ant, metaworld, peers, minigrid, atari)
-ALL += (rllib_tune, rllib, llm, quick)
-EXPERIMENTS = {experiment.__name__.replace("_", "-"): experiment for experiment in ALL}
+ALL = (staleness, updates, million, ablation, lag, freeze, metaworld, minigrid, pong)
+ALL += (peers, rllib_tune, rllib, llm, quick)
+EXPERIMENTS = {"tune": tuning.plan} | {one.__name__.replace("_", "-"): one for one in ALL}
 
 
 @dataclass
 class Args:
-    """Run the missing runs of an experiment, and keep a row of each in benchmark/results/."""
+    """Run the missing runs of an experiment, and keep a row of each in benchmark/rows/."""
 
     experiment: tyro.conf.Positional[Literal[*EXPERIMENTS]]
     """name of the experiment"""
@@ -288,21 +217,29 @@ class Args:
 
 
 def main(args: Args) -> int:
-    """Returns the exit code: 1 if a run failed, 2 if tuning is missing or --only fits no run, 130 after Ctrl-C."""
+    """Returns the exit code: 1 if a run failed, 2 if rows are missing or --only fits no run, 130 after Ctrl-C."""
+    workers = 1 if args.experiment.startswith("rllib") else None  # because each run starts processes of its own
     try:
-        chosen = [one for one in EXPERIMENTS[args.experiment]() if args.only in one.command]
+        plan = [one for one in EXPERIMENTS[args.experiment]() if args.only in one.command]
+        if not plan:
+            print(f"error: --only {args.only}: give a part of a command that --dry-run prints.", file=sys.stderr)
+            return 2
+        while missing := unfinished(plan):
+            if args.dry_run:
+                print(*(one.command for one in missing), sep="\n", flush=True)
+                break
+            if run_all(args.experiment, missing, workers):
+                return 1
+            plan = [one for one in EXPERIMENTS[args.experiment]() if args.only in one.command]  # tune has two rounds
     except Missing as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not chosen:
-        print(f"error: --only {args.only}: give a part of a command that --dry-run prints.", file=sys.stderr)
-        return 2
-    try:
-        workers = 1 if args.experiment.startswith("rllib") else None  # because each run starts processes of its own
-        return min(run_all(args.experiment, chosen, args.dry_run, workers), 1)
+    except BrokenPipeError:  # whoever reads the commands has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 ./benchmark.sh quick        # draws runs/benchmark/quick.png and prints a verdict
 
 Both take the scripts' defaults. Hopper stands for continuous control and an empty room for MiniGrid. No Atari game is
-learned in that time; see ./benchmark.sh atari. Three seeds show a large difference, but not a small one.
+learned in that time; see ./benchmark.sh pong. Three seeds show a large difference, but not a small one.
 """
 
 import sys
@@ -11,9 +11,7 @@ import sys
 import matplotlib
 import tyro
 
-from benchmark import experiments
-from benchmark.report import by_place, draw_raw, raw_cells, raw_verdict
-from benchmark.runs import WORK
+from benchmark import experiments, pages, runner
 
 
 def main(dry_run: bool = False) -> int:
@@ -26,12 +24,12 @@ def main(dry_run: bool = False) -> int:
     if code or dry_run:
         return code
     matplotlib.use("Agg")
-    cells = raw_cells("quick")
-    draw_raw(cells, WORK / "quick.png", "return")
-    for env_id, digits in zip(experiments.QUICK, (0, 2)):
-        own = {key: known for key, known in cells.items() if key[1] == env_id}
-        print(raw_verdict(by_place(own, "final_return", pool=False), digits))
-    print(f"learning curves: {WORK / 'quick.png'}")
+    table = pages.of_each_task("quick", dial={"buffer_epochs": "K ="})
+    pages.draw_each_task(table, runner.WORK / "quick.png")
+    for x, own in table.groupby("x", sort=False):
+        digits = 0 if own.value.max() > 10 else 2
+        print(pages.verdict(own[own.method == "gipo"], own[own.method == "clip"], x, digits))
+    print(f"learning curves: {runner.WORK / 'quick.png'}")
     return 0
 
 

@@ -63,7 +63,7 @@ def main():
     clock, batch = Clock(), args.envs * args.steps
     # two iterations to warm up, and one more whose beginning ends the measurement
     model.learn((args.iterations + 3) * batch, callback=clock)
-    print(json.dumps({"steps": args.iterations * batch / (clock.times[2 + args.iterations] - clock.times[2])}))
+    print(json.dumps({"steps/s": args.iterations * batch / (clock.times[2 + args.iterations] - clock.times[2])}))
 
 
 if __name__ == "__main__":

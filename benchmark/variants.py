@@ -26,6 +26,11 @@ def exp(logratio):
     return torch.exp(logratio.clamp(max=20))
 
 
+def by_sign(advantages, positive, otherwise):
+    """`positive` where the advantage is positive, `otherwise` elsewhere; of the advantages' type."""
+    return torch.full_like(advantages, otherwise).masked_fill(advantages > 0, positive)
+
+
 def gipo(logratio, advantages, args):
     """GIPO, as in gipo_continuous.py (Lu et al. 2026)."""
     return gipo_continuous.policy_loss(logratio, advantages, args)
@@ -33,8 +38,7 @@ def gipo(logratio, advantages, args):
 
 def asymmetric(logratio, advantages, args):
     """GIPO with a width of its own where the advantage is not positive (Lu et al. 2026)."""
-    sigma = torch.where(advantages > 0, args.sigma, args.sigma_neg)
-    z = (logratio / sigma).detach()
+    z = (logratio / by_sign(advantages, args.sigma, args.sigma_neg)).detach()
     return -(torch.exp(logratio - 0.5 * z**2) * advantages).sum(1).mean()
 
 
@@ -70,7 +74,7 @@ def decoupled(logratio, advantages, args):
 
 def sapo(logratio, advantages, args):
     """A sigmoid gate around a ratio of 1 (Gao et al. 2025)."""
-    tau = torch.where(advantages > 0, args.sapo_tau, args.sapo_tau_neg)
+    tau = by_sign(advantages, args.sapo_tau, args.sapo_tau_neg)
     gate = torch.sigmoid(tau * (exp(logratio) - 1))
     return -(4 / tau * gate * advantages).sum(1).mean()
 
@@ -96,7 +100,7 @@ def plain_is(logratio, advantages, args):
 METHODS = (gipo, asymmetric, one_sided, clip, dual_clip, decoupled, sapo, spo, tis, plain_is)
 LOSSES = {method.__name__: method for method in METHODS}
 OWN_LOSS, OWN_UPDATE, OWN_DIAGNOSTICS = ppo_baseline.policy_loss, ppo_baseline.update, ppo_baseline.diagnostics
-DRIFTS = []  # of each minibatch of an iteration: log pi_start - log mu, (B, D)
+DRIFTS = []  # of each minibatch of an iteration, for decoupled alone: log pi_start - log mu, (B, D)
 
 
 @dataclass
@@ -127,7 +131,8 @@ def policy_loss(logratio, advantages, args):
 
 
 def update(agent, optimizer, obs, actions, logprobs, start_logprobs, advantages, returns, args):
-    DRIFTS.append(start_logprobs - logprobs)
+    if args.method == "decoupled":
+        DRIFTS.append(start_logprobs - logprobs)
     return OWN_UPDATE(agent, optimizer, obs, actions, logprobs, start_logprobs, advantages, returns, args)
 
 

@@ -1,283 +1,307 @@
-"""Every policy_loss against its formula, through autograd (T numbers name identities of GIPO), and what is logged."""
+"""The losses against their formulas and finite differences (T numbers name identities of GIPO), and what is logged."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from harness import GIPO, flags, load, load_variant
+import torch.nn as nn
+from harness import GIPO, SCRIPTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmark.variants import LOSSES
-
-SURROGATES = ["clip", *LOSSES]
-MODULES = {"gipo": load("gipo_continuous"), "clip": load("ppo_baseline")}
-MODULES |= {name: load_variant(name) for name in (*LOSSES, "decoupled")}
-gipo = MODULES["gipo"]
-
-
-def arguments(method, **values):
-    """The flags for continuous control."""
-    return flags(MODULES[method], int(method != "gipo"), **values)
-
-
-def coefficients(method, logratio, advantages, **values):
-    """Gradient coefficient of each sample by autograd, and the one that policy_loss reports."""
-    logratio = torch.as_tensor(logratio, dtype=torch.float64).clone().requires_grad_()
-    advantages = torch.as_tensor(advantages, dtype=torch.float64).expand_as(logratio)
-    loss, coef = MODULES[method].policy_loss(logratio, advantages, arguments(method, **values))
-    loss.backward()
-    assert not coef.requires_grad
-    return -logratio.grad * len(logratio) / advantages, coef
-
-
-def u(x, sigma):
-    return torch.exp(x - x**2 / (2 * sigma**2))
-
+import gipo_continuous
 
 X = torch.linspace(-5, 5, 2001, dtype=torch.float64)
+BOTH = ["gipo_continuous", "ppo_baseline"]
 
 
-def test_the_three_gipo_scripts_share_one_loss():
-    for name in GIPO:
-        loss, coef = load(name).policy_loss(X, torch.sin(7 * X), arguments("gipo"))
-        expected, expected_coef = gipo.policy_loss(X, torch.sin(7 * X), arguments("gipo"))
-        assert torch.equal(loss, expected) and torch.equal(coef, expected_coef)
+def objective(name, x, frozen, advantages, args):
+    """Of each sample and column, by hand; GIPO's weight is that of the log-ratio `frozen`."""
+    if name in GIPO:
+        return torch.exp(-(frozen**2) / (2 * args.sigma**2)) * torch.exp(x) * advantages
+    ratio, eps = torch.exp(x), args.clip_coef
+    return torch.min(ratio * advantages, ratio.clamp(1 - eps, 1 + eps) * advantages)
+
+
+def coefficient(name, x, positive, width):
+    """The published coefficient c of a sample's gradient c A grad log pi, in plain floats."""
+    if name in GIPO:
+        return math.exp(x - x**2 / (2 * width**2))
+    return math.exp(x) * (math.exp(x) <= 1 + width if positive else math.exp(x) >= 1 - width)
+
+
+def by_autograd(x, advantage=1.0, name="gipo_continuous", **values):
+    """The coefficient of each log-ratio in policy_loss."""
+    x = torch.as_tensor(x, dtype=torch.float64).view(-1, 1).clone().requires_grad_()
+    loss = SCRIPTS[name].policy_loss(x, torch.full_like(x, advantage), SCRIPTS[name].Args(**values))
+    (gradient,) = torch.autograd.grad(loss, x)
+    return (-gradient * len(x) / advantage).squeeze(1)
+
+
+def slopes(function, x, h=1e-6):
+    """Gradient of a function by central differences, one entry of x (float64) at a time."""
+    found = torch.zeros_like(x)
+    for i in np.ndindex(*x.shape):
+        step = torch.zeros_like(x)
+        step[i] = h
+        found[i] = (function(x + step) - function(x - step)) / (2 * h)
+    return found
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_loss_is_a_sum_over_columns_and_a_mean_over_samples(name, columns):
+    """Its gradient in each column is that of one dimension, by central differences of the objective by hand."""
+    module, args = SCRIPTS[name], SCRIPTS[name].Args()
+    x = X[torch.randperm(2001, generator=torch.Generator().manual_seed(0))].view(-1, columns).requires_grad_()
+    advantages = torch.sin(7 * torch.arange(len(x), dtype=x.dtype)).unsqueeze(1)
+    loss = module.policy_loss(x, advantages, args)
+    (gradient,) = torch.autograd.grad(loss, x)
+    x = x.detach()
+    torch.testing.assert_close(loss, -objective(name, x, x, advantages, args).sum() / len(x))
+    up, down = (objective(name, x + h, x, advantages, args) for h in (1e-6, -1e-6))
+    torch.testing.assert_close(gradient, -(up - down) / 2e-6 / len(x), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("advantage", [1.7, -0.3])
-@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
-def test_gipo_coefficient_is_the_formula(sigma, advantage):
-    gradient, coef = coefficients("gipo", X, advantage, sigma=sigma)
-    torch.testing.assert_close(coef, u(X, sigma))
-    torch.testing.assert_close(gradient, coef)
+@pytest.mark.parametrize("width", [0.1, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_coefficients_are_the_closed_formulas(name, width, advantage):
+    """By autograd, and as diagnostics takes them, one sample at a time."""
+    flag = {"sigma": width} if name in GIPO else {"clip_coef": width}
+    expected = torch.tensor([coefficient(name, x, advantage > 0, width) for x in X.tolist()], dtype=X.dtype)
+    torch.testing.assert_close(by_autograd(X, advantage, name, **flag), expected)
+    for x, c in list(zip(X, expected))[::50]:
+        alone, sign = x.view(1, 1).clone(), torch.full((1, 1), advantage, dtype=X.dtype)
+        found = SCRIPTS[name].diagnostics(alone, sign, SCRIPTS[name].Args(**flag))
+        assert found["offpolicy/coef_mean"].item() == pytest.approx(c.item(), rel=1e-6, abs=1e-12)
+
+
+def test_one_column_is_the_joint_formula():
+    """In float32, as the second edition had it for whole actions."""
+    x, advantages = X.float(), torch.sin(7 * X).float()
+    args = gipo_continuous.Args()
+    loss = gipo_continuous.policy_loss(x.unsqueeze(1), advantages.unsqueeze(1), args)
+    joint = -(torch.exp(x - 0.5 * (x / args.sigma) ** 2) * advantages).mean()
+    assert loss.item() == pytest.approx(joint.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize(
     ("sigma", "bound"), [(0.1, 1.005013), (0.2, 1.020201), (0.5, 1.133148), (1, 1.648721), (2, 7.389056)]
 )
-def test_t1_the_largest_coefficient(sigma, bound):
+def test_t1_t5_the_largest_coefficient(sigma, bound):
+    """It stands at sigma squared, where it would be 0 if a gradient flowed through the weight."""
     x = torch.linspace(-10, 10, 20001, dtype=torch.float64)
-    gradient, _ = coefficients("gipo", x, 1.0, sigma=sigma)
-    assert gradient.max().item() == pytest.approx(bound, abs=1e-6)
-    assert x[gradient.argmax()].item() == pytest.approx(sigma**2, abs=1e-3)
+    found = by_autograd(x, sigma=sigma)
+    assert found.max().item() == pytest.approx(bound, abs=1e-6)
+    assert x[found.argmax()].item() == pytest.approx(sigma**2, abs=1e-3)
 
 
-@given(sigma=st.floats(0.1, 3), t=st.floats(-5, 5))
-def test_t2_symmetric_about_sigma_squared(sigma, t):
-    x = [sigma**2 + t, sigma**2 - t, 0.0, 2 * sigma**2]
-    gradient, _ = coefficients("gipo", x, 1.0, sigma=sigma)
-    assert gradient[0].item() == pytest.approx(gradient[1].item(), rel=1e-9, abs=1e-300)
-    assert gradient[2:].tolist() == pytest.approx([1, 1])
-
-
-def test_t2_amplifies_between_zero_and_two_sigma_squared_only():
-    gradient, _ = coefficients("gipo", X, 1.0, sigma=1.0)
-    between = (X > 1e-9) & (X < 2 - 1e-9)
-    assert (gradient[between] > 1).all() and (gradient[(X < -1e-9) | (X > 2 + 1e-9)] < 1).all()
-
-
-@pytest.mark.parametrize("sigma", [0.2, 0.5, 1.0])
-def test_t5_no_gradient_flows_through_the_weight(sigma):
-    gradient, _ = coefficients("gipo", [sigma**2], 1.0, sigma=sigma)
-    assert gradient.item() == pytest.approx(math.exp(sigma**2 / 2))  # it would be 0 if it did
+@given(sigma=st.floats(0.1, 3), t=st.floats(0, 5))
+def test_t2_t7_symmetries(sigma, t):
+    """The coefficient is symmetric about sigma squared, the weight about 0; it amplifies only in between."""
+    left, right, zero, double, x, minus = by_autograd(
+        [sigma**2 - t, sigma**2 + t, 0, 2 * sigma**2, t, -t], sigma=sigma
+    ).tolist()
+    assert left == pytest.approx(right, rel=1e-9, abs=1e-300)
+    assert [zero, double] == pytest.approx([1, 1])
+    assert x * math.exp(-t) == pytest.approx(minus * math.exp(t), rel=1e-9, abs=1e-300)
+    assert abs(t - sigma**2) < 1e-9 or (left > 1) == (t < sigma**2)
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_t6_all_gradients_coincide_on_policy(advantage):
-    found = [coefficients("gipo", [0.0], advantage)]
-    found += [coefficients(s, [0.0], advantage) for s in SURROGATES]
-    assert [g.item() for g, _ in found] == pytest.approx([1.0] * 7)
-    assert [c.item() for _, c in found] == pytest.approx([1.0] * 7)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_t6_all_gradients_coincide_on_policy(name, advantage):
+    assert by_autograd([0.0], advantage, name).item() == pytest.approx(1)
 
 
-@given(sigma=st.floats(0.1, 3), x=st.floats(0, 5))
-def test_t7_the_weight_is_symmetric_in_log_space(sigma, x):
-    _, coef = coefficients("gipo", [x, -x], 1.0, sigma=sigma)
-    weight = coef * torch.exp(torch.tensor([-x, x], dtype=torch.float64))
-    assert weight[0].item() == pytest.approx(weight[1].item(), rel=1e-9, abs=1e-300)
-
-
-@given(x=st.floats(-5, 5), advantage=st.sampled_from([1.0, -1.0]))
-def test_t9_limits(x, advantage):
-    wide, _ = coefficients("gipo", [x], advantage, sigma=1e6)
-    plain, _ = coefficients("none", [x], advantage)
-    assert wide.item() == pytest.approx(plain.item())
-    narrow, _ = coefficients("gipo", [x], advantage, sigma=1e-3)
-    assert abs(x) < 0.1 or narrow.item() == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.parametrize("sigma_neg", [0.2, 1.0])
-def test_t10_the_sign_of_the_advantage_picks_the_width(sigma_neg):
-    widths = {"sigma": 0.5, "sigma_neg": sigma_neg}
-    positive, _ = coefficients("gipo", X, 2.0, **widths)
-    negative, _ = coefficients("gipo", X, -2.0, **widths)
-    torch.testing.assert_close(positive, u(X, 0.5))
-    torch.testing.assert_close(negative, u(X, sigma_neg))
-    assert negative.max().item() == pytest.approx(math.exp(sigma_neg**2 / 2), abs=1e-5)
-    _, at_zero = gipo.policy_loss(X, torch.zeros_like(X), arguments("gipo", **widths))
-    torch.testing.assert_close(at_zero, u(X, sigma_neg))
-
-
-def test_sigma_neg_is_sigma_unless_given():
-    advantages = torch.sin(7 * X)
-    found = [
-        gipo.policy_loss(X, advantages, arguments("gipo", sigma=0.7, sigma_neg=width)) for width in (None, 0.7, 0.2)
-    ]
-    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
-    assert not torch.equal(found[0][1], found[2][1])
-
-
-def test_gipo_value():
-    """The mean of -w r A, where a loss of another value with the same gradient would be logged wrong."""
-    advantages = torch.sin(7 * X)
-    loss, _ = gipo.policy_loss(X, advantages, arguments("gipo"))
-    torch.testing.assert_close(loss, -(torch.exp(-(X**2) / (2 * 0.5**2)) * X.exp() * advantages).mean())
-
-
-def expected_coefficient(surrogate, x, positive):
-    """The published gradient coefficients at their published constants, in plain floats."""
-    r = math.exp(x)
-    if surrogate == "clip":
-        return r * (r <= 1.2 if positive else r >= 0.8)
-    if surrogate == "dual-clip":
-        return r * (r <= 1.2 if positive else 0.8 <= r <= 3)
-    if surrogate == "none":
-        return r
-    if surrogate == "sapo":
-        return r / math.cosh((1.0 if positive else 1.05) * (r - 1) / 2) ** 2
-    if surrogate == "tis":
-        return min(r, 1.0)
-    return r * (1 - (r - 1) / 0.2) if positive else r * (1 + (r - 1) / 0.2)
-
-
-@pytest.mark.parametrize("advantage", [0.8, -1.3])
-@pytest.mark.parametrize("surrogate", SURROGATES)
-def test_baseline_coefficients_are_the_formulas(surrogate, advantage):
-    gradient, coef = coefficients(surrogate, X, advantage)
-    expected = torch.tensor([expected_coefficient(surrogate, x, advantage > 0) for x in X.tolist()], dtype=X.dtype)
-    torch.testing.assert_close(coef, expected)
-    torch.testing.assert_close(gradient, expected)
-
-
-@pytest.mark.parametrize(
-    ("surrogate", "change"),
-    [
-        ("clip", {"clip_coef": 0.5}),
-        ("dual-clip", {"clip_coef": 0.5}),
-        ("dual-clip", {"dual_clip": 1.5}),
-        ("sapo", {"sapo_tau": 2.0}),
-        ("sapo", {"sapo_tau_neg": 2.0}),
-        ("tis", {"tis_cap": 3.0}),
-        ("spo", {"spo_eps": 0.4}),
-    ],
-)
-def test_baseline_constants_are_read(surrogate, change):
-    advantages = torch.where(torch.arange(len(X)) % 2 == 0, 1.0, -1.0)
-    _, default = MODULES[surrogate].policy_loss(X, advantages, arguments(surrogate))
-    _, changed = MODULES[surrogate].policy_loss(X, advantages, arguments(surrogate, **change))
-    differs = [bool((default[half::2] != changed[half::2]).any()) for half in (0, 1)]  # A > 0, A < 0
-    one_sided = {"sapo_tau": [True, False], "sapo_tau_neg": [False, True], "dual_clip": [False, True]}
-    assert differs == one_sided.get(*change, [True, True])
-
-
-def test_clip_value_is_ppo_s():
-    logratio, advantages = torch.tensor([0.5, 0.5, -0.5, -0.5]), torch.tensor([1.0, -1.0, 1.0, -1.0])
-    loss, _ = MODULES["clip"].policy_loss(logratio, advantages, arguments("clip"))
-    ratio = logratio.exp()
-    expected = torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
-    torch.testing.assert_close(loss, expected)
+def test_t9_limits():
+    """A wide weight is plain importance sampling; a narrow one leaves no gradient off-policy."""
+    torch.testing.assert_close(by_autograd(X, sigma=1e6), X.exp())
+    assert by_autograd(X[X.abs() > 0.1], sigma=1e-3).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["gipo", *SURROGATES])
-@given(
-    x=st.lists(st.floats(-100, 100), min_size=1, max_size=8),
-    advantage=st.floats(-10, 10),
-    sigma=st.floats(0.05, 5),
-)
+@pytest.mark.parametrize("name", BOTH)
+@given(x=st.lists(st.floats(-100, 100), max_size=8), advantage=st.floats(-10, 10), sigma=st.floats(0.05, 5))
 @settings(max_examples=50)
-def test_finite_at_extreme_ratios(method, dtype, x, advantage, sigma):
-    logratio = torch.tensor([*x, 100.0, -100.0, 0.0], dtype=dtype, requires_grad=True)
-    advantages = torch.full_like(logratio, advantage)
-    args = arguments(method, **({"sigma": sigma} if method == "gipo" else {}))
-    loss, coef = MODULES[method].policy_loss(logratio, advantages, args)
+def test_finite_at_extreme_ratios(name, dtype, x, advantage, sigma):
+    module = SCRIPTS[name]
+    args = module.Args(**({"sigma": sigma} if name in GIPO else {}))
+    x = torch.tensor([*x, 100.0, -100.0, 0.0], dtype=dtype)
+    logratio = torch.stack([x, x.flip(0), x], 1).requires_grad_()  # joint ones up to 300 too
+    advantages = torch.full((len(x), 1), advantage, dtype=dtype)
+    loss = module.policy_loss(logratio, advantages, args)
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(coef).all() and torch.isfinite(logratio.grad).all()
-    for numbers in ((logratio.detach(), coef), (logratio.detach().float(), coef.float())):
-        diagnostics = MODULES[method].diagnostics(*numbers)
-        assert all(torch.isfinite(value) for value in diagnostics.values()), diagnostics
+    assert loss.isfinite() and logratio.grad.isfinite().all()
+    for kind in (dtype, torch.float32):
+        logged = module.diagnostics(logratio.detach().to(kind), advantages.to(kind), args)
+        assert all(value.isfinite() for value in logged.values()), logged
 
 
-class Agent:
-    """Gives the log-probabilities that a test asks for; neither its entropy nor its value has a gradient."""
+class Table(nn.Module):
+    """An agent whose outputs are its parameters: log-probabilities (B, D), entropies and values (B,)."""
 
-    def __init__(self, logprobs):
-        self.logprobs = logprobs
+    def __init__(self, *outputs):
+        super().__init__()
+        self.outputs = nn.ParameterList(output.clone() for output in outputs)
 
     def get_action_and_value(self, obs, actions):
-        return actions, self.logprobs, torch.zeros_like(self.logprobs), torch.zeros_like(self.logprobs)
+        return actions, *self.outputs
 
 
-def gradient_of_the_loss(method, logratio, advantages, proximal=0.0, **values):
-    """Gradient in the log-probabilities, the loss and what minibatch_loss returns for the log.
+class Noting(torch.optim.SGD):
+    """Keeps the gradients of its last step."""
 
-    `proximal` is by how much the log-probabilities of decoupled PPO's proximal policy differ from mu's.
-    """
-    module, mu = MODULES[method], torch.linspace(-2, 1, len(logratio), dtype=logratio.dtype)
-    agent = Agent((mu + logratio).requires_grad_())
-    module.actors, module.iteration = [Agent(mu + proximal)], 0
-    args = arguments(method, norm_adv=False, **values)
-    loss, *logged = module.minibatch_loss(agent, mu, mu, mu, advantages, torch.zeros_like(mu), args)
-    return torch.autograd.grad(loss, agent.logprobs)[0], loss, logged
+    def step(self):
+        self.gradients = [parameter.grad.clone() for parameter in self.param_groups[0]["params"]]
 
 
-@pytest.mark.parametrize("method", MODULES)
-def test_kl_term_pulls_every_sample_alike(method):
-    logratio, advantages = X[::20], torch.sin(7 * X[::20])
-    without, loss, (scalars, _, coef) = gradient_of_the_loss(method, logratio, advantages, 0.3, kl_coef=0.0)
-    pulled, with_kl, (scalars_kl, _, coef_kl) = gradient_of_the_loss(method, logratio, advantages, 0.3, kl_coef=0.2)
-    torch.testing.assert_close(pulled - without, torch.full_like(X[::20], -0.2 / len(logratio)), rtol=1e-9, atol=0)
-    assert (with_kl - loss).item() == pytest.approx(-0.2 * logratio.mean().item(), abs=1e-12)
-    assert torch.equal(coef, coef_kl) and torch.equal(scalars["losses/policy_loss"], scalars_kl["losses/policy_loss"])
-    default = arguments(method).kl_coef
-    assert default == (0.1 if method == "gipo" else 0.0)
+def updated(name, outputs, mu, start, advantages, returns, **values):
+    """Gradients of one update() and what it returns."""
+    agent, args = Table(*outputs), SCRIPTS[name].Args(**{"norm_adv": False, "max_grad_norm": 1e9} | values)
+    optimizer = Noting(agent.parameters())
+    found = SCRIPTS[name].update(agent, optimizer, None, None, mu, start, advantages, returns, args)
+    return optimizer.gradients, *found
 
 
-@pytest.mark.parametrize("method", MODULES)
-def test_logged_kl_is_the_mean_of_the_log_ratio(method):
-    """Of pi to the policy that collected the data, for decoupled PPO too."""
-    _, _, (_, logratio, coef) = gradient_of_the_loss(method, X + 0.5, torch.sin(7 * X), 0.3)
-    torch.testing.assert_close(logratio, X + 0.5)
-    kl = MODULES[method].diagnostics(logratio, coef)["losses/kl"]
-    assert kl.item() == pytest.approx(-0.5)
+def samples(columns, count=6):
+    """Outputs of an agent, mu, start, advantages and returns, all at random."""
+    rng = torch.Generator().manual_seed(columns)
+    shapes = [(count, columns)] + [(count,)] * 2 + [(count, columns)] * 2 + [(count,)] * 2
+    logprob, entropy, value, *rest = [torch.randn(*s, generator=rng, dtype=torch.float64) / 2 for s in shapes]
+    return (logprob, entropy, value), *rest
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("proximal", [-100.0, 0.0, 100.0])
-@pytest.mark.parametrize("method", MODULES)
-def test_the_whole_loss_is_finite_at_extreme_ratios(method, proximal, dtype):
-    logratio = torch.tensor([100.0, -100.0, 100.0, -100.0], dtype=dtype)
-    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=dtype)
-    gradient, loss, (scalars, logratio, coef) = gradient_of_the_loss(
-        method, logratio, advantages, proximal, kl_coef=0.3
-    )
-    logged = scalars | MODULES[method].diagnostics(logratio, coef)
-    assert all(numbers.isfinite().all() for numbers in (loss, gradient, coef, *logged.values()))
-    if method == "gipo":  # its weight has let all of them go, and the KL term still pulls
-        torch.testing.assert_close(gradient, torch.full_like(gradient, -0.3 / 4))
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("kl_to", ["behaviour", "current"])
+@pytest.mark.parametrize("name", BOTH)
+def test_gradients_of_the_whole_loss(name, kl_to, columns):
+    outputs, mu, start, advantages, returns = samples(columns)
+    weights = {"kl_coef": 0.3, "vf_coef": 0.7, "ent_coef": 0.2}
+    args = SCRIPTS[name].Args()
+
+    def kl(logprob):
+        if kl_to == "behaviour":
+            return (mu - logprob).sum(1).mean()
+        return (0.5 * (logprob - start) ** 2).sum(1).mean()
+
+    def policy(logprob):
+        return -objective(name, logprob - mu, outputs[0] - mu, advantages.unsqueeze(1), args).sum(1).mean()
+
+    expected = [
+        slopes(lambda logprob: policy(logprob) + 0.3 * kl(logprob), outputs[0]),
+        torch.full_like(outputs[1], -0.2 / 6),
+        slopes(lambda value: 0.7 * 0.5 * ((value - returns) ** 2).mean(), outputs[2]),
+    ]
+    found, scalars, logratio, passed = updated(name, outputs, mu, start, advantages, returns, kl_to=kl_to, **weights)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    # the KL term alone
+    found, *_ = updated(name, outputs, mu, start, 0 * advantages, returns, kl_to=kl_to, kl_coef=1.0)
+    torch.testing.assert_close(found[0], slopes(kl, outputs[0]), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close((logratio, passed), (outputs[0] - mu, advantages.unsqueeze(1)))
+    logged = {
+        "policy_loss": policy(outputs[0]),
+        "value_loss": 0.5 * ((outputs[2] - returns) ** 2).mean(),
+        "entropy": outputs[1].mean(),
+        "kl": (mu - outputs[0]).sum(1).mean(),
+        "kl_step": ((outputs[0] - start) ** 2).sum(1).mean() / 2,
+        "grad_norm": torch.cat([gradient.flatten() for gradient in expected]).norm(),
+    }
+    assert {f"losses/{tag}": pytest.approx(value.item(), rel=1e-6) for tag, value in logged.items()} == scalars
+
+
+def test_a_long_gradient_is_cut_and_its_whole_norm_logged():
+    outputs, mu, start, advantages, returns = samples(2)
+    whole, scalars, *_ = updated("gipo_continuous", outputs, mu, start, advantages, returns)
+    cut, cut_scalars, *_ = updated("gipo_continuous", outputs, mu, start, advantages, returns, max_grad_norm=0.01)
+    assert scalars["losses/grad_norm"] == cut_scalars["losses/grad_norm"] > 0.1
+    factor = 0.01 / scalars["losses/grad_norm"]
+    torch.testing.assert_close(cut, [gradient * factor for gradient in whole], rtol=1e-4, atol=1e-9)
+
+
+def test_advantages_are_normalized_in_each_minibatch():
+    outputs, mu, start, advantages, returns = samples(2)
+    expected = (advantages - advantages.mean()) / advantages.std()
+    _, scalars, _, found = updated("gipo_continuous", outputs, mu, start, advantages, returns, norm_adv=True)
+    torch.testing.assert_close(found, expected.unsqueeze(1))
+    by_hand = gipo_continuous.policy_loss(outputs[0] - mu, expected.unsqueeze(1), gipo_continuous.Args())
+    torch.testing.assert_close(scalars["losses/policy_loss"], by_hand)
+
+
+def test_both_kl_terms_are_the_kl_to_second_order():
+    """Where mu is the policy of the start: samples in exact proportion, and steps of half the size."""
+    p = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64) / 8
+    actions = torch.tensor([0, 1, 1, 2, 2, 2, 2, 2])
+    direction = torch.tensor([0.7, -0.4, 0.1], dtype=torch.float64)
+    differences, zeros = [], torch.zeros(8, dtype=torch.float64)
+    for size in (0.02, 0.01):
+        q = torch.log_softmax(p.log() + size * direction, 0)
+        mu, logprob = p.log()[actions].unsqueeze(1), q[actions].unsqueeze(1)
+        _, scalars, *_ = updated("gipo_continuous", (logprob, zeros, zeros), mu, mu, zeros, zeros)
+        exact = (p * (p.log() - q)).sum().item()
+        assert scalars["losses/kl"].item() == pytest.approx(exact, rel=1e-9)
+        assert scalars["losses/kl_step"].item() == pytest.approx(exact, rel=size)
+        differences.append(scalars["losses/kl_step"].item() - exact)
+    assert differences[0] / differences[1] == pytest.approx(8, rel=0.05)  # of third order
+
+
+@pytest.mark.parametrize("kl_to", ["behaviour", "current"])
+@pytest.mark.parametrize("name", BOTH)
+def test_the_whole_loss_is_finite_at_extreme_ratios(name, kl_to):
+    """GIPO's weight has let all samples go there, and the KL term still pulls."""
+    logprob = torch.tensor([[100.0], [-100.0], [100.0], [-100.0]])
+    advantages, zeros = torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.zeros(4)
+    mu, start = torch.zeros(4, 1), logprob - 2
+    args = {"kl_coef": 0.3, "kl_to": kl_to}
+    gradients, scalars, *rest = updated(name, (logprob, zeros, zeros), mu, start, advantages, zeros, **args)
+    logged = scalars | SCRIPTS[name].diagnostics(*rest, SCRIPTS[name].Args())
+    assert all(numbers.isfinite().all() for numbers in (*gradients, *logged.values()))
+    if name in GIPO:
+        pull = -0.3 / 4 if kl_to == "behaviour" else 2 * 0.3 / 4
+        torch.testing.assert_close(gradients[0], torch.full((4, 1), pull))
+
+
+@pytest.mark.parametrize("kl_to", ["behaviour", "current"])
+def test_on_policy_the_unit_of_the_ratio_makes_no_difference(kl_to):
+    """At a ratio of 1 the gradients are equal; the joint log-probability is the sum over dimensions."""
+    found = {}
+    for ratio in ("action", "dimension"):
+        args = gipo_continuous.Continuous(env_id="probes:Clock-v0", ratio=ratio, kl_to=kl_to, kl_coef=0.3)
+        torch.manual_seed(1)
+        agent = args.Agent(args.make_envs(args, 2, seed=0), args)
+        obs, advantages, returns = torch.randn(64, 2), torch.randn(64), torch.randn(64)
+        with torch.no_grad():
+            actions, logprobs, *_ = agent.get_action_and_value(obs)
+        optimizer = Noting(agent.parameters())
+        batch = (obs, actions, logprobs, logprobs, advantages, returns)
+        gipo_continuous.update(agent, optimizer, *batch, args)
+        found[ratio] = logprobs, optimizer.gradients
+    (joint, gradients), (columns, others) = found["action"], found["dimension"]
+    assert joint.shape == (64, 1) and columns.shape == (64, 2)
+    torch.testing.assert_close(joint, columns.sum(1, keepdim=True))
+    torch.testing.assert_close(gradients, others)
+    assert all(gradient.any() for gradient in gradients)
 
 
 def test_diagnostics():
-    logratio = torch.tensor([0.0, math.log(1.1), math.log(1.3), math.log(0.7)])
-    found = gipo.diagnostics(logratio, torch.tensor([1.0, 1.0, 0.0, 1.0]))
-    ratio = logratio.exp()
-    assert found["losses/approx_kl"].item() == pytest.approx((ratio - 1 - logratio).mean().item())
-    assert found["losses/kl"].item() == pytest.approx(-logratio.mean().item())
-    assert found["losses/clipfrac"].item() == pytest.approx(0.5)
-    assert found["offpolicy/ess"].item() == pytest.approx(0.75)
-    assert found["offpolicy/dead_fraction"].item() == pytest.approx(0.25)
-    assert found["offpolicy/coef_mean"].item() == pytest.approx(0.75)
-    hundred = torch.linspace(-0.01, -1, 100)[torch.randperm(100)]
-    assert gipo.diagnostics(hundred, hundred)["offpolicy/abs_logratio_p95"].item() == pytest.approx(0.95)
-    assert gipo.diagnostics(logratio, torch.zeros(4))["offpolicy/ess"].item() == 0
+    """Of the joint ratio: approx_kl. Of every column: the others."""
+    logratio = torch.tensor([[0.0, math.log(1.1)], [math.log(1.3), 0.0], [math.log(0.7), -3.0], [9.0, -9.0]])
+    advantages = torch.tensor([[1.0], [-1.0], [0.0], [1.0]])
+    found = gipo_continuous.diagnostics(logratio.clone(), advantages, gipo_continuous.Args(sigma=0.5))
+    joint, c = logratio.sum(1), torch.exp(logratio - 2 * logratio**2)
+    expected = {
+        "losses/approx_kl": (joint.exp() - 1 - joint).mean(),
+        "losses/clipfrac": 5 / 8,
+        "offpolicy/ess": c.sum() ** 2 / (8 * (c**2).sum()),
+        "offpolicy/dead_fraction": 3 / 8,
+        "offpolicy/coef_mean": c.mean(),
+        "offpolicy/abs_logratio_p95": 9.0,
+    }
+    assert found == {tag: pytest.approx(float(value), rel=1e-5) for tag, value in expected.items()}
+    hundred = torch.linspace(-0.01, -1, 100)[torch.randperm(100)].view(50, 2)
+    found = gipo_continuous.diagnostics(hundred, torch.ones(50, 1), gipo_continuous.Args())
+    assert found["offpolicy/abs_logratio_p95"].item() == pytest.approx(0.95)
+    dead = gipo_continuous.diagnostics(torch.full((4, 1), -50.0), torch.ones(4, 1), gipo_continuous.Args())
+    assert dead["offpolicy/ess"].item() == 0

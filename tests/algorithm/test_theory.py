@@ -1,21 +1,22 @@
 """The mathematics of GIPO as experiments on the shipped `policy_loss` (T numbers name identities, docs/theory.md)."""
 
-import csv
 import math
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from harness import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.optimize import minimize_scalar
 
-from analysis import bias_variance, common, surrogates
+from analysis import bias_variance, surrogates
 from analysis.bias_variance import OFF_POLICY, SAMPLES, advantages, estimate
-from ppo_baseline import diagnostics
+from analysis.coefficients import coefficients, loss
+from gipo_continuous import Continuous, diagnostics
 
 SIGMAS = st.floats(0.1, 3)
 
@@ -29,7 +30,7 @@ def distributions(draw, n=2):
 
 
 def gipo(logratio, sigma, advantages=1.0):
-    return common.coefficients(common.loss("gipo", sigma=sigma), logratio, advantages)
+    return coefficients(loss("gipo", sigma=sigma), logratio, advantages)
 
 
 # ---------------------------------------------- bound, second moment, bias ------------------------------------------
@@ -60,7 +61,7 @@ def test_t16_is_tight_and_plain_importance_sampling_has_no_such_bound(sigma, bou
     rare = np.array([1e-6, 1 - 1e-6])
     logratio = np.log(np.array([1 - 1e-6, 1e-6]) / rare)
     assert rare @ gipo(logratio, sigma) ** 2 < bound
-    assert rare @ common.coefficients(common.loss("none"), logratio, 1.0) ** 2 > 1e5
+    assert rare @ coefficients(loss("plain_is"), logratio, 1.0) ** 2 > 1e5
 
 
 @given(distributions(), SIGMAS, st.floats(-5, 5), st.floats(-5, 5))
@@ -77,10 +78,12 @@ def test_t19_the_bias_is_at_most_quadratic_in_the_log_ratio(dists, sigma, first,
 
 @given(hnp.arrays(float, st.integers(1, 50), elements=st.floats(-20, 20)), SIGMAS)
 def test_t20_the_effective_sample_size_of_every_batch(logratio, sigma):
+    """As the scripts log it."""
     coef = gipo(logratio, sigma)
     if coef.max() < 1e-30:  # squares would leave floating point
         return
-    ess = diagnostics(torch.tensor(logratio), torch.tensor(coef))["offpolicy/ess"].item()
+    x = torch.tensor(logratio).unsqueeze(1)
+    ess = diagnostics(x, torch.ones_like(x), Continuous(sigma=sigma))["offpolicy/ess"].item()
     assert ess == pytest.approx(coef.sum() ** 2 / (len(coef) * (coef**2).sum()))
     assert ess >= coef.mean() * math.exp(-(sigma**2) / 2) * (1 - 1e-9)
 
@@ -121,7 +124,7 @@ def test_t21_moments_under_lognormal_drift(s, sigma, mean, square, size):
 @pytest.mark.parametrize("s", [0.3, 1.0, 1.5])
 def test_t21_plain_importance_sampling(s):
     logratio, mass = surrogates.drifted(s)
-    coef = common.coefficients(common.loss("none"), logratio, 1.0)
+    coef = coefficients(loss("plain_is"), logratio, 1.0)
     assert (mass @ coef) ** 2 / (mass @ coef**2) == pytest.approx(math.exp(-(s**2)), abs=1e-6)
 
 
@@ -166,19 +169,19 @@ def bernstein(t, sigma):
     return 2 * np.exp(-BATCH * t**2 / (2 * variance + 4 / 3 * t * largest))
 
 
-def tails(loss, law):
+def tails(surrogate, law):
     """How often the mean of c A over a batch, A = +-1, is further than each deviation from its expectation, 0."""
     rng = np.random.default_rng(7)
     logratio = LAWS[law](rng, BATCH * BATCHES)
     sign = rng.choice([-1.0, 1.0], BATCH * BATCHES)
-    means = (common.coefficients(loss, logratio, sign) * sign).reshape(BATCHES, BATCH).mean(1)
+    means = (coefficients(surrogate, logratio, sign) * sign).reshape(BATCHES, BATCH).mean(1)
     return (np.abs(means)[:, None] >= DEVIATIONS).mean(0)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("law", LAWS)
 def test_t17_t18_the_mean_of_a_batch_concentrates(law, sigma):
-    found = tails(common.loss("gipo", sigma=sigma), law)
+    found = tails(loss("gipo", sigma=sigma), law)
     assert (found <= bernstein(DEVIATIONS, sigma)).all()
     assert (found <= hoeffding(DEVIATIONS, sigma)).all()
     assert found[0] > 0.1  # there is a tail to bound
@@ -187,7 +190,7 @@ def test_t17_t18_the_mean_of_a_batch_concentrates(law, sigma):
 @pytest.mark.parametrize("sigma", [0.5, 1.0])
 @pytest.mark.parametrize("law", ["lognormal 2", "lomax 1.5"])
 def test_t18_plain_importance_sampling_breaks_the_bound_that_gipo_keeps(law, sigma):
-    assert (tails(common.loss("none"), law) > bernstein(DEVIATIONS, sigma)).any()
+    assert (tails(loss("plain_is"), law) > bernstein(DEVIATIONS, sigma)).any()
 
 
 def test_t18_is_sharper_than_t17():
@@ -204,14 +207,14 @@ def kl(p_logits, q_logits):
     return (p.exp() * (p - q)).sum().item()
 
 
-def descend(loss, logits, actions, behaviour_logprobs, advantage, rate, steps):
+def descend(surrogate, logits, actions, behaviour_logprobs, advantage, rate, steps):
     """Plain SGD on one batch of a tabular softmax policy with one state."""
     logits = logits.clone().requires_grad_()
     optimizer = torch.optim.SGD([logits], lr=rate)
     for _ in range(steps):
         logratio = torch.log_softmax(logits, 0)[actions] - behaviour_logprobs
         optimizer.zero_grad()
-        loss(logratio, advantage)[0].backward()
+        surrogate(logratio.unsqueeze(1), advantage.unsqueeze(1)).backward()
         optimizer.step()
     return logits.detach()
 
@@ -227,8 +230,7 @@ def descend(loss, logits, actions, behaviour_logprobs, advantage, rate, steps):
 def test_t26_one_step_moves_a_bounded_distance(logits, behaviour, actions, advantage, rate, sigma):
     before = torch.tensor(logits)
     mu = torch.log_softmax(torch.tensor(behaviour), 0)[actions]
-    loss = common.loss("gipo", sigma=sigma)
-    after = descend(loss, before, torch.tensor(actions), mu, torch.tensor(advantage), rate, 1)
+    after = descend(loss("gipo", sigma=sigma), before, torch.tensor(actions), mu, torch.tensor(advantage), rate, 1)
     bound = 0.5 * rate**2 * math.exp(sigma**2) * np.abs(advantage).mean() ** 2
     assert max(kl(before, after), kl(after, before)) <= bound + 1e-12
 
@@ -236,7 +238,7 @@ def test_t26_one_step_moves_a_bounded_distance(logits, behaviour, actions, advan
 def test_t26_plain_importance_sampling_moves_further():
     before, actions = torch.zeros(5, dtype=torch.float64), torch.tensor([0])
     behaviour = torch.log(torch.tensor([1e-3], dtype=torch.float64))
-    after = descend(common.loss("none"), before, actions, behaviour, torch.ones(1, dtype=torch.float64), 0.1, 1)
+    after = descend(loss("plain_is"), before, actions, behaviour, torch.ones(1, dtype=torch.float64), 0.1, 1)
     assert kl(before, after) > 0.5 * 0.1**2 * math.exp(1.0)
 
 
@@ -248,7 +250,7 @@ def test_t27_no_trust_region():
     behaviour = torch.log_softmax(start, 0)[actions]
     advantage = torch.tensor(rng.normal(size=256)) + torch.tensor([1.0, 0.3, -0.3, -1.0])[actions]
     drift = {
-        method: kl(start, descend(common.loss(method), start, actions, behaviour, advantage, 0.5, 200))
+        method: kl(start, descend(loss(method), start, actions, behaviour, advantage, 0.5, 200))
         for method in ("gipo", "clip", "spo")
     }
     assert drift["gipo"] > 3 * drift["clip"] and drift["gipo"] > 3 * drift["spo"]
@@ -271,25 +273,16 @@ def test_gridworld_advantages(target, up_left, down, right):
     assert policy[0] @ advantages(policy) == pytest.approx(0, abs=1e-12)
 
 
-AUTHORS_SAPO = {"sapo_tau": 1.0, "sapo_tau_neg": 2.0}
-COLUMNS = [
-    ("none", {}),
-    ("gipo", {"sigma": 0.3}),
-    ("gipo", {"sigma": 0.5}),
-    ("gipo", {"sigma": 1.0}),
-    ("gipo", {"sigma": 2.0}),
-    ("clip", {"clip_coef": 0.2}),
-    ("sapo", AUTHORS_SAPO),
-    ("sapo", {"sapo_tau": 1.0, "sapo_tau_neg": 1.05}),
-    ("tis", {"tis_cap": 1.0}),
-]
-TABLE = {
-    ("P2", "A"): "0.051283/0.013405 -0.001368/0.000802 0.006587/0.004054 0.032147/0.009351 0.045701/0.012179 0/0 "
-    "0.035163/0.009979 0.046460/0.011171 0.053731/0.007450",
-    ("P2", "C"): "0.051283/0.013708 0.001330/0.003759 0.019661/0.007129 0.040745/0.011238 0.048439/0.013011 0/0 "
-    "0.040178/0.011326 0.047989/0.012713 0.052750/0.010548",
-    ("P3", "A"): "0.028144/0.004472 -0.000941/0.000061 -0.003020/0.000713 0.004067/0.002198 0.018856/0.003532 0/0 "
-    "0.013831/0.002661 0.023625/0.003243 0.030995/0.002316",
+COLUMNS = [("plain_is", {}), *(("gipo", {"sigma": sigma}) for sigma in (0.3, 0.5, 1.0, 2.0))]
+COLUMNS += [("clip", {"clip_coef": 0.2}), ("sapo", {"sapo_tau": 1.0, "sapo_tau_neg": 2.0})]
+COLUMNS += [("sapo", {"sapo_tau": 1.0, "sapo_tau_neg": 1.05}), ("tis", {"tis_cap": 1.0})]
+TABLE = {  # expectation / variance
+    ("P2", "A"): ".051283/.013405 -.001368/.000802 .006587/.004054 .032147/.009351 .045701/.012179 0/0 "
+    ".035163/.009979 .046460/.011171 .053731/.007450",
+    ("P2", "C"): ".051283/.013708 .001330/.003759 .019661/.007129 .040745/.011238 .048439/.013011 0/0 "
+    ".040178/.011326 .047989/.012713 .052750/.010548",
+    ("P3", "A"): ".028144/.004472 -.000941/.000061 -.003020/.000713 .004067/.002198 .018856/.003532 0/0 "
+    ".013831/.002661 .023625/.003243 .030995/.002316",
 }
 
 
@@ -297,14 +290,13 @@ TABLE = {
 def test_gridworld_expectations_and_variances(case):
     for (method, flags), cell in zip(COLUMNS, TABLE[case].split(), strict=True):
         found = estimate(*case, method, **flags)
-        expectation, variance = map(float, cell.split("/"))
-        assert found.expectation == pytest.approx(expectation, abs=1e-6), (method, flags)
-        assert found.variance == pytest.approx(variance, abs=1e-6), (method, flags)
+        expected = [float(number) for number in cell.split("/")]
+        assert [found.expectation, found.variance] == pytest.approx(expected, abs=1e-6), (method, flags)
 
 
 def test_gridworld_a_tie_is_inside_the_clip():
     """Under P1 x A the ratios are 0.8 and 1.2, the edges themselves: nothing is clipped."""
-    clip, plain = estimate("P1", "A", "clip", clip_coef=0.2), estimate("P1", "A", "none")
+    clip, plain = estimate("P1", "A", "clip", clip_coef=0.2), estimate("P1", "A", "plain_is")
     assert clip.expectation == pytest.approx(plain.expectation)
     assert estimate("P1", "A", "clip", clip_coef=0.19).expectation != pytest.approx(plain.expectation)
 
@@ -316,7 +308,7 @@ def test_gridworld_on_policy_all_methods_agree():
         assert [e.variance for e in found] == pytest.approx([found[0].variance] * len(found))
 
 
-GIPOS, ALL = COLUMNS[:5], [*COLUMNS, ("spo", {}), ("dual-clip", {})]
+GIPOS, ALL = COLUMNS[:5], [*COLUMNS, ("spo", {}), ("dual_clip", {})]
 
 
 def wins(pool, n):
@@ -332,7 +324,7 @@ def test_gridworld_no_single_ranking():
         errors = [estimate(*case, method, **flags).mse(1) for method, flags in GIPOS]
         assert np.argmin(errors) == 1
     assert wins(ALL, 1).most_common(1)[0][0] == "clip"  # its gradient is 0 then
-    assert wins(GIPOS, 512)["none"] == 12
+    assert wins(GIPOS, 512)["plain_is"] == 12
     assert wins(ALL, 512).most_common(1)[0][0] == "tis"
     mean_sigma = [
         np.mean([np.argmin([estimate(*case, m, **f).mse(n) for m, f in GIPOS[1:]]) for case in OFF_POLICY])
@@ -355,13 +347,9 @@ def test_gridworld_direction():
     assert min(estimate(*case, "gipo", sigma=1.0).cosine for case in OFF_POLICY) == pytest.approx(0.966, abs=5e-4)
 
 
-def test_the_published_table_is_what_the_scripts_give(tmp_path):
-    bias_variance.write_csv(tmp_path / "fresh.csv")
-    published = Path(bias_variance.__file__).parents[1] / "docs/figures/bias_variance.csv"
-    fresh, kept = (list(csv.reader(path.open())) for path in (tmp_path / "fresh.csv", published))
-    assert [row[:4] for row in fresh] == [row[:4] for row in kept]
-    numbers = [[float(cell or "nan") for row in table[1:] for cell in row[4:]] for table in (fresh, kept)]
-    np.testing.assert_allclose(*numbers, atol=1e-9)
+def test_the_published_table_is_what_the_losses_give():
+    published = pd.read_csv(ROOT / "docs" / "figures" / "bias_variance.csv")
+    pd.testing.assert_frame_equal(bias_variance.estimates(), published, atol=1e-9, rtol=0, check_dtype=False)
 
 
 @pytest.mark.slow

@@ -1,189 +1,214 @@
-"""The methods that GIPO is compared with: the baseline with one change each, which its flags and checkpoints know."""
+"""The methods that GIPO is compared with: their coefficients against the published formulas, and runs of each."""
 
-import inspect
+import os
 import re
-import runpy
+import subprocess
 import sys
 
+import gipo_continuous
+import numpy as np
+import ppo_baseline
 import pytest
 import torch
-from harness import DOMAIN_OF, ROOT, flags, load, load_variant, run, scalars, watch
+from harness import ROOT, run, scalars
 
-from benchmark import variants
-from benchmark.variants import FLAGS, PATCHES, VARIANTS
+from benchmark import methods, variants
+from benchmark.variants import LOSSES, Variant
 
-SMALL = "--env-id Hopper-v5 --num-envs 2 --num-steps 32 --num-minibatches 2 --update-epochs 2".split()
-TINY = {
-    "atari": "--env-id probes:Frames-v0 --num-envs 2 --num-steps 8 --total-timesteps 32 --learning-rate 3e-3".split(),
-    "continuous": "--env-id Hopper-v5 --num-envs 4 --num-steps 32 --total-timesteps 256 --learning-rate 0.03".split(),
-    "minigrid": "--num-envs 2 --num-steps 16 --total-timesteps 64 --learning-rate 0.03".split(),
+GRID = np.array([-100, -20.5, *np.linspace(-5, 5, 201), 19.5])
+TINY = "--env-id Hopper-v5 --num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 2 --buffer-epochs 2".split()
+
+
+def sech2(x):
+    return 1 / np.cosh(np.clip(x, -300, 300)) ** 2
+
+
+def unclipped(r, sign, eps=0.2):
+    return r * (r <= 1 + eps if sign > 0 else r >= 1 - eps)
+
+
+# flags, and the coefficient c(x, r, sign of A) of a sample's gradient c A grad log pi
+FORMULAS = {
+    "gipo": ({"sigma": 0.7}, lambda x, r, sign: np.exp(x - x**2 / (2 * 0.7**2))),
+    "asymmetric": (
+        {"sigma": 0.7, "sigma_neg": 0.3},
+        lambda x, r, sign: np.exp(x - x**2 / (2 * (0.7 if sign > 0 else 0.3) ** 2)),
+    ),
+    "one_sided": ({"sigma": 0.7}, lambda x, r, sign: np.exp(x - np.maximum(x, 0) ** 2 / (2 * 0.7**2))),
+    "clip": ({}, lambda x, r, sign: unclipped(r, sign)),
+    "dual_clip": ({"dual_clip": 3.0}, lambda x, r, sign: unclipped(r, sign) * ((r <= 3) | (sign > 0))),
+    "sapo": (
+        {"sapo_tau": 1.4, "sapo_tau_neg": 1.7},
+        lambda x, r, sign: r * sech2((1.4 if sign > 0 else 1.7) * (r - 1) / 2),
+    ),
+    "spo": ({"spo_eps": 0.3}, lambda x, r, sign: r * (1 - sign * (r - 1) / 0.3)),
+    "tis": ({"tis_cap": 2.0}, lambda x, r, sign: np.minimum(r, 2)),
+    "plain_is": ({}, lambda x, r, sign: r),
 }
 
 
-def refused(module, monkeypatch, folder, argv, capsys) -> str:
-    """The one sentence with which a script refuses to start."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        run(module, monkeypatch, folder, argv)
-    assert stopped.value.code == 2
-    (sentence,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"error: .*\.", sentence), sentence
-    return sentence
+@pytest.fixture
+def fresh(monkeypatch):
+    """ppo_baseline.py and the drifts are as before when a test ends."""
+    for name in ("policy_loss", "update", "diagnostics", "Domain"):
+        monkeypatch.setattr(ppo_baseline, name, getattr(ppo_baseline, name))
+    monkeypatch.setattr(variants, "DRIFTS", [])
 
 
-@pytest.mark.parametrize("script", ["ppo_baseline", "gipo_continuous"])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_changes_the_loss_and_the_flags_alone(name, script):
-    plain, module = load(script), load_variant(name, script)
-    own = {key for key, value in vars(module).items() if getattr(value, "__module__", "") == "benchmark.variants"}
-    assert own == {"minibatch_loss" if name in PATCHES else "policy_loss", "replace"}  # which guards a resume
-    texts = [
-        {key: inspect.getsource(value) for key, value in vars(m).items() if inspect.isfunction(value)}
-        for m in (plain, module)
-    ]
-    assert {key for key in texts[0] | texts[1] if texts[0].get(key) != texts[1].get(key)} == own
-    assert [*module.DOMAINS.values()] == [
-        (vars(module)[e.__name__], vars(module)[a.__name__]) for e, a in plain.DOMAINS.values()
-    ]
-    for domain in range(len(plain.DOMAINS)):
-        before, after = vars(flags(plain, domain)), vars(flags(module, domain))
-        assert before == {key: after[key] for key in before} | {"exp_name": script}
-        assert after.keys() - before.keys() == {f"variant_{name.replace('-', '_')}", *VARIANTS[name][1:]}
+def gradient(method, logratio, advantages, **flags):
+    """c of each entry of logratio (B, D), by autograd; advantages are (B, 1)."""
+    logratio = torch.tensor(logratio).requires_grad_()
+    loss = LOSSES[method](logratio, advantages, Variant(**flags))
+    (found,) = torch.autograd.grad(loss, logratio)
+    return (-found * len(logratio) / advantages).numpy(), loss
 
 
-def watch_first_gradient(monkeypatch):
-    """What the optimizer gets, step by step."""
-    note = lambda self, *_: torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]])  # noqa: E731
-    return watch(monkeypatch, torch.optim.Adam, "step", note)
+def test_every_method_has_its_formula_here():
+    assert LOSSES.keys() == FORMULAS.keys() | {"decoupled"}
+
+
+@pytest.mark.parametrize("advantage", [1.7, -0.3])
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("method", FORMULAS)
+def test_coefficients_are_the_published_formulas(method, columns, advantage):
+    flags, formula = FORMULAS[method]
+    x = GRID[: len(GRID) // columns * columns].reshape(-1, columns)
+    found, _ = gradient(method, x, torch.full((len(x), 1), advantage, dtype=torch.float64), **flags)
+    np.testing.assert_allclose(found, formula(x, np.exp(x), np.sign(advantage)), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("method", LOSSES)
+def test_extreme_ratios_are_finite_and_on_policy_all_agree(method, dtype, monkeypatch):
+    x = np.array([[0.0, 0.0], [100.0, -100.0], [-300.0, 300.0]], dtype)
+    monkeypatch.setattr(variants, "DRIFTS", [torch.tensor(x / 2)])
+    for sign in (1.0, -1.0):
+        found, loss = gradient(method, x, torch.full((3, 1), sign, dtype=torch.tensor(x).dtype))
+        assert loss.isfinite() and np.isfinite(found).all()
+        assert found[0].tolist() == pytest.approx([1, 1])  # T6
+
+
+def test_t8_sapo_s_gate_is_a_gaussian_near_1():
+    """Of width sqrt(2) / tau: both coefficients agree to second order."""
+    x = np.linspace(-0.02, 0.02, 5).reshape(-1, 1)
+    for tau, sigma in ((1, 1.41421), (1.05, 1.34687), (2, 0.70711)):
+        ones = torch.ones(5, 1, dtype=torch.float64)
+        sapo, _ = gradient("sapo", x, ones, sapo_tau=tau)
+        gipo, _ = gradient("gipo", x, ones, sigma=sigma)
+        np.testing.assert_allclose(sapo, gipo, atol=2e-5)
+        assert np.abs(sapo / np.exp(x) - 1).max() > 4e-5
+
+
+def test_t10_a_narrow_width_bounds_negative_advantages():
+    x = np.linspace(-3, 3, 6001).reshape(-1, 1)
+    found, _ = gradient("asymmetric", x, -torch.ones(6001, 1, dtype=torch.float64), sigma=2.0, sigma_neg=0.5)
+    assert found.max().item() == pytest.approx(1.133148, abs=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_decoupled_is_the_clip_around_pi_start_times_a_capped_weight(columns, monkeypatch):
+    rng = np.random.default_rng(1)
+    x, drift = rng.normal(0, 1, (200, columns)), rng.normal(0, 1, (200, columns))
+    r, weight = np.exp(x - drift), np.minimum(np.exp(drift), 1.5)
+    sign = np.sign(rng.normal(size=(200, 1)))
+    monkeypatch.setattr(variants, "DRIFTS", [torch.zeros(3, columns), torch.tensor(drift)])
+    found, _ = gradient("decoupled", x, torch.tensor(2 * sign), tis_cap=1.5)
+    expected = np.where(sign > 0, weight * unclipped(r, 1), weight * unclipped(r, -1))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    # the diagnostics see all minibatches of an iteration at once
+    monkeypatch.setattr(variants, "DRIFTS", list(torch.tensor(drift).split(50)))
+    np.testing.assert_allclose(gradient("decoupled", x, torch.tensor(2 * sign), tis_cap=1.5)[0], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("ratio", ["action", "dimension"])
+@pytest.mark.parametrize("method", LOSSES)
+def test_every_method_trains(method, ratio, fresh, monkeypatch, tmp_path):
+    argv = [*TINY, "--ratio", ratio, "--method", method, "--total-timesteps", 64]
+    assert run(variants, monkeypatch, tmp_path, argv) is None
+    coef = [value for _, value in scalars(tmp_path)["offpolicy/coef_mean"]]
+    assert coef == pytest.approx([1, 1], abs=0.2)
+
+
+@pytest.mark.parametrize("method", ["sapo", "decoupled"])
+def test_a_method_resumes_as_itself(method, fresh, monkeypatch, tmp_path, capsys):
+    """And no other script continues it."""
+    argv = [*TINY, "--method", method, "--total-timesteps", 64]
+    assert run(variants, monkeypatch, tmp_path, argv) is None
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert run(variants, monkeypatch, tmp_path, ["--resume", folder, "--total-timesteps", 96]) is None
+    saved = torch.load(folder / "checkpoint.pt")
+    assert saved["iteration"] == 3 and saved["args"]["method"] == method
+    assert [step for step, _ in scalars(tmp_path)["losses/kl"]] == [32, 64, 96]
+    monkeypatch.setattr(ppo_baseline, "Domain", ppo_baseline.Continuous)
+    assert run(ppo_baseline, monkeypatch, tmp_path, ["--resume", folder, "--total-timesteps", 128]) == 2
+    assert "is a run of" in capsys.readouterr().err
+
+
+def test_decoupled_weighs_by_the_policy_that_an_iteration_starts_from(fresh, monkeypatch, tmp_path):
+    """Its clip sees a ratio of 1 in the first of four minibatches, and its weight sees the age of the data."""
+    seen = []
+    clip = variants.OWN_LOSS
+
+    def watched(logratio, advantages, args):
+        if len(logratio) == 16:  # not the diagnostics
+            seen.append((logratio.abs().max().item(), variants.DRIFTS[-1].abs().max().item()))
+        return clip(logratio, advantages, args)
+
+    monkeypatch.setattr(variants, "OWN_LOSS", watched)
+    argv = [*TINY, "--method", "decoupled", "--total-timesteps", 96, "--learning-rate", 0.01]
+    assert run(variants, monkeypatch, tmp_path, argv) is None
+    to_start, drift = np.array(seen).reshape(3, 4, 2).transpose(2, 0, 1)
+    assert (to_start[:, 0] < 1e-5).all() and (to_start[:, 1:] > 1e-4).all()
+    assert drift[0].max() < 1e-5 and drift[1:].max(1).min() > 1e-3
+    assert not variants.DRIFTS
+
+
+def test_gipo_and_clip_are_the_scripts(fresh, monkeypatch, tmp_path):
+    """A seeded run of each ends with the same weights."""
+    argv = [*TINY, "--total-timesteps", 64, "--ratio", "dimension", "--kl-coef", 0.1]
+    starts = {"gipo": (gipo_continuous, argv), "clip": (ppo_baseline, ["continuous", *argv])}
+    starts |= {f"{method} again": (variants, [*argv, "--method", method]) for method in starts}
+    found = {}
+    for name, (script, words) in starts.items():
+        assert run(script, monkeypatch, tmp_path / name, words) is None
+        (path,) = (tmp_path / name).glob("runs/*/checkpoint.pt")
+        found[name] = torch.load(path)["agent"]
+    for method in ("gipo", "clip"):
+        torch.testing.assert_close(found[method], found[f"{method} again"], rtol=0, atol=0)
+    assert not torch.equal(found["gipo"]["actor_logstd"], found["clip"]["actor_logstd"])
+
+
+def from_the_shell(script, *arguments, folder=ROOT):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, script, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gipo", "domain"), DOMAIN_OF.items())
-def test_first_gradient_is_ppo_s(gipo, domain, monkeypatch, tmp_path):
-    """And each method runs on, with its divergence from the data in the log."""
-    modules = {"gipo": (load(gipo), []), "clip": (load("ppo_baseline"), [domain])}
-    modules |= {name: (load_variant(name), [domain]) for name in VARIANTS}
-    first, last = {}, {}
-    for name, (module, argv) in modules.items():
-        argv += [*TINY[domain], "--num-minibatches", 2, "--update-epochs", 1, "--buffer-epochs", 2]
-        argv += ["--kl-coef", 0.1]
-        with monkeypatch.context() as patch:
-            gradients = watch_first_gradient(patch)
-            divergences = watch(patch, module, "diagnostics", lambda logratio, coef: -logratio.mean().item())
-            end = run(module, patch, tmp_path / name, argv)
-        assert end.iteration == 1 and len(gradients) == 4
-        logged = scalars(tmp_path / name)
-        assert [kl for _, kl in logged["losses/kl"]] == pytest.approx(divergences)
-        assert (tmp_path / name / end.folder / "checkpoint.pt").exists()
-        first[name], last[name] = gradients[0], gradients[-1]
-    assert first["clip"].norm() > 0.01
-    for name, gradient in first.items():
-        assert (gradient - first["clip"]).norm() < 1e-6 * max(1.0, gradient.norm()), name
-        assert name in ("clip", "dual-clip") or not torch.equal(last[name], last["clip"]), name
+def test_the_command_line():
+    text = from_the_shell("benchmark/variants.py", "--help").stdout
+    flat = re.sub(r"[\s│]+", " ", text)
+    assert all(method in flat for method in LOSSES)
+    assert "--sapo-tau FLOAT sapo: temperature of the gate" in flat and "(default: 1.0)" in flat
+    wrong = from_the_shell("benchmark/variants.py", "--tis-cap", "-1")
+    assert wrong.returncode == 2 and wrong.stderr.strip() == "error: --tis-cap -1.0: give a number above 0."
+    assert from_the_shell("benchmark/variants.py", "--method", "none").returncode == 2
 
 
-@pytest.mark.parametrize("name", ["sapo", "decoupled"])
-def test_a_variant_resumes_as_itself_alone(name, monkeypatch, tmp_path, capsys):
-    argv = ["continuous", *SMALL, "--total-timesteps", 128]
-    end = run(load_variant(name), monkeypatch, tmp_path, argv)
-    goes_on = ["continuous", "--resume", tmp_path / end.folder, "--total-timesteps", 192]
-    for module in (load_variant("tis"), load("ppo_baseline")):
-        assert str(end.folder) in refused(module, monkeypatch, tmp_path, goes_on, capsys)
-    refused(load("gipo_continuous"), monkeypatch, tmp_path, goes_on[1:], capsys)
-    assert run(load_variant(name), monkeypatch, tmp_path, goes_on).iteration == 2
-    assert len(list((tmp_path / "runs").iterdir())) == 1
-
-
-@pytest.mark.parametrize("name", ["none", "decoupled"])
-def test_a_variant_refuses_a_run_of_the_baseline(name, monkeypatch, tmp_path, capsys):
-    end = run(load("ppo_baseline"), monkeypatch, tmp_path, ["continuous", *SMALL, "--total-timesteps", 128])
-    goes_on = ["continuous", "--resume", tmp_path / end.folder, "--total-timesteps", 192]
-    assert str(end.folder) in refused(load_variant(name), monkeypatch, tmp_path, goes_on, capsys)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_help_names_the_flags_of_a_variant(name, monkeypatch, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        run(load_variant(name), monkeypatch, tmp_path, ["continuous", "--help"])
-    text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
-    assert f"ppo_baseline-{name}" in text and "--variant" not in text
-    for flag, (default, _, _, meaning) in FLAGS.items():
-        assert (f"--{flag.replace('_', '-')} FLOAT" in text) == (flag in VARIANTS[name]), flag
-        assert flag not in VARIANTS[name] or f"{meaning} (default: {default})" in text, flag
-
-
-@pytest.mark.parametrize(("name", "flag"), [(name, flag) for name, (_, *own) in VARIANTS.items() for flag in own])
-def test_bad_values_are_refused(name, flag, monkeypatch, tmp_path, capsys):
-    _, low, high, _ = FLAGS[flag]
-    module, option = load_variant(name), f"--{flag.replace('_', '-')}"
-    for value in (0.0, -1.0, low * 0.9, high * 2, float("inf"), float("nan")):
-        argv = ["continuous", *SMALL, "--total-timesteps", 64, option, value]
-        assert refused(module, monkeypatch, tmp_path, argv, capsys).startswith(f"error: {option} {value}: ")
-    assert not list(tmp_path.iterdir())
-
-
-def start(monkeypatch, *argv):
-    """Runs benchmark/variants.py as from the command line."""
-    monkeypatch.setattr(sys, "argv", ["variants.py", *argv])
-    runpy.run_path(str(ROOT / "benchmark/variants.py"), run_name="__main__")
-
-
-@pytest.mark.parametrize("argv", [[], ["sapo"], ["sapo", "--help"], ["gipo", "ppo_baseline.py", "continuous"]])
-def test_the_variants_are_named_when_there_is_no_such_one(argv, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        start(monkeypatch, *argv)
-    (sentence,) = capsys.readouterr().err.splitlines()
-    assert all(name in sentence for name in VARIANTS)
-
-
-def test_a_variant_runs_from_the_command_line(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    flags = [*SMALL, *"--tis-cap 2 --total-timesteps 64 --eval-episodes 0".split()]
-    start(monkeypatch, "tis", "ppo_baseline.py", "continuous", *flags)
-    (folder,) = (tmp_path / "runs").iterdir()
-    args = torch.load(folder / "checkpoint.pt")["args"]
-    assert args["variant_tis"] and args["tis_cap"] == 2 and args["exp_name"] == "ppo_baseline-tis"
-
-
-def test_decoupled_coefficient_is_the_weight_times_the_clip_s():
-    module = load_variant("decoupled")
-    args = flags(module, 1, norm_adv=False, tis_cap=2.0)
-    # log-probabilities under mu, the proximal policy and the learner
-    mu = torch.tensor([0.0, 0.0, 0.0, 0.0])
-    proximal = torch.tensor([0.5, 3.0, -1.0, 0.5]).log()
-    new = torch.tensor([0.55, 3.3, -0.9, 0.75]).log()
-    proximal[2], new[2] = -50.0, -50.1
-    new.requires_grad_()
-
-    class Agent:
-        def __init__(self, logprobs):
-            self.logprobs = logprobs
-
-        def get_action_and_value(self, obs, actions):
-            return actions, self.logprobs, torch.zeros(4), torch.zeros(4)
-
-    module.actors, module.iteration = [Agent(mu + 9), Agent(mu + 9), Agent(proximal)], 5
-    loss, _, logratio, coef = module.minibatch_loss(Agent(new), None, None, mu, torch.ones(4), torch.zeros(4), args)
-    # inside the clip; weight at the cap of 2; far from mu; outside the clip
-    expected = torch.tensor([0.5 * 1.1, 2 * 1.1, torch.tensor(-50.1).exp().item(), 0.0])
-    torch.testing.assert_close(coef, expected)
-    torch.testing.assert_close(logratio, (new - mu).detach())
-    loss.backward()
-    torch.testing.assert_close(new.grad, -expected / 4)
-
-
-@pytest.mark.parametrize(("epochs", "lag"), [(1, 0), (3, 0), (2, 2)])
-def test_the_proximal_policy_is_the_one_that_an_update_starts_from(epochs, lag, monkeypatch, tmp_path):
-    script = load("ppo_baseline")
-    to_proximal = watch(monkeypatch, script, "policy_loss", lambda logratio, *_: logratio.abs().max().item())
-    monkeypatch.setattr(variants, "load", lambda name: script)
-    module = load_variant("decoupled")
-    distance = lambda agent, obs, actions, logprobs, *_: (  # noqa: E731
-        (agent.get_action_and_value(obs, actions)[1] - logprobs).abs().max().item()
-    )
-    to_mu = watch(monkeypatch, module, "minibatch_loss", distance)
-    argv = ["continuous", *SMALL, "--total-timesteps", 6 * 64, "--buffer-epochs", epochs, "--policy-lag", lag]
-    end = run(module, monkeypatch, tmp_path, argv)
-    assert (end.buffer.versions >= 0).sum() == epochs
-    assert max(to_proximal[::4]) < 1e-5 and min(to_proximal[1::4]) > 1e-4
-    assert epochs == 1 or min(to_mu[8::4]) > 1e-3
+@pytest.mark.slow
+def test_a_new_method_is_one_function_its_name_and_a_flag(tmp_path):
+    """And nothing else has to change for its runs, and for its lines in figures."""
+    text = (ROOT / "benchmark" / "variants.py").read_text()
+    loss = "def mine(logratio, advantages, args):\n    return -(args.half * logratio * advantages).sum(1).mean()\n\n\n"
+    text = text.replace("METHODS = (gipo,", loss + "METHODS = (mine, gipo,")
+    line = '    method: Literal[*LOSSES] = "gipo"'
+    text = text.replace(line, f"    half: float = 0.5\n{line}")
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark" / "variants.py").write_text(text)
+    one = methods.run("mine", "Hopper-v5", 1, half=0.25, num_steps=16, num_minibatches=2, total_timesteps=128)
+    assert one.command.startswith("python benchmark/variants.py --method mine --env-id Hopper-v5 --seed 1 --half 0.25")
+    assert one.line == methods.name("mine") == "mine" and len(methods.style("mine")) == 3
+    result = from_the_shell(*one.script.split(), *one.arguments, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert scalars(tmp_path)["offpolicy/coef_mean"][0][1] == pytest.approx(0.25)

@@ -2,8 +2,9 @@
 
 import threading
 
+import fault_envs
 import pytest
-from harness import run
+import torch
 from tqdm import tqdm
 
 # tqdm's own lock is shared with forked children, and one that is killed while it draws would never release it
@@ -11,14 +12,23 @@ tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0  # no thread that could hold the lock during a fork
 
 
+@pytest.fixture(autouse=True)
+def a_folder_of_its_own(monkeypatch, tmp_path):
+    """Runs land in tmp_path, in one thread, and none may leave an environment open, however it ends."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+    yield
+    torch.set_num_threads(1)
+    left, _ = len(fault_envs.OPEN), fault_envs.OPEN.clear()
+    assert not left, f"{left} environments are open"
+
+
 @pytest.fixture
 def refused(monkeypatch, tmp_path, capsys):
-    """Runs a loaded script that must exit with one sentence on a line of its own; returns the sentence."""
+    """Starts an entry that must end with one sentence on stderr; returns the sentence."""
 
-    def refused(module, argv, code=2):
-        with pytest.raises(SystemExit) as stop:
-            run(module, monkeypatch, tmp_path, argv)
-        assert stop.value.code == code
+    def refused(entry, *argv, code=2):
+        assert entry.main(monkeypatch, *argv) == code
         message = capsys.readouterr().err
         assert "Traceback" not in message
         (sentence,) = [line for line in message.splitlines() if "error: " in line]

@@ -4,185 +4,169 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from harness import ENTRIES, GIPO, ROOT, TAGS, load, run, scalars, watch
+from harness import ROOT, TAGS, scalars, watch
+from short_runs import ATARI, BASELINES, CONTINUOUS, REAL, ROLLOUT, checkpoint_of, six, three, tiny
 
-REAL = {
-    "atari": "--env-id ALE/Breakout-v5 --num-envs 2 --num-steps 64 --num-minibatches 2 --total-timesteps 1280",
-    "continuous": "--env-id Hopper-v5 --num-envs 2 --num-steps 64 --num-minibatches 2 --total-timesteps 1280",
-    "minigrid": "--num-envs 4 --num-steps 64 --num-minibatches 2 --total-timesteps 2560",
-}
-CASES = [(name, argv, list(REAL.values())[i % 3]) for i, (name, argv) in enumerate(ENTRIES)]
-CLOCK = "--env-id probes:Clock-v0 --num-envs 2 --num-steps 8 --num-minibatches 2".split()
+CLOCK = "probes:Clock-v0"
+SMALL = {"num_minibatches": 1, "minibatch_size": 2, "update_epochs": 1}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "domain", "flags"), CASES)
-def test_logs_every_tag(name, domain, flags, monkeypatch, tmp_path):
-    argv = [*domain, *flags.split(), "--update-epochs", 1, "--minibatch-size", 16]
-    argv += ["--buffer-epochs", 4, "--policy-lag", 1]
-    end = run(load(name), monkeypatch, tmp_path, argv)
-    assert (end.buffer.versions >= 0).sum() == 4 and end.iteration == 9  # more rollouts than slots
-    logged = scalars(tmp_path)
+@six
+def test_logs_every_tag(entry, tmp_path):
+    values = {"num_steps": 64, "update_epochs": 1, "minibatch_size": 16, "buffer_epochs": 4}
+    _, folder = entry.train(REAL[entry.kind], total_timesteps=1280, policy_lag=1, **values)
+    checkpoint, logged = checkpoint_of(folder), scalars(tmp_path)
+    assert (checkpoint["buffer"]["versions"] >= 0).sum() == 4 and checkpoint["iteration"] == 10  # more than slots
     assert logged.keys() - {"charts/success_rate"} == TAGS
-    assert ("charts/success_rate" in logged) == end.args.env_id.startswith("MiniGrid")
+    assert ("charts/success_rate" in logged) == (entry.kind == "Grid")
     for tag, points in logged.items():
         steps, values = zip(*points, strict=True)
         assert all(map(math.isfinite, values)), tag
         assert steps == tuple(sorted(set(steps))), tag
-        assert all(step % end.batch_size == 0 for step in steps), tag
+        assert all(step % 128 == 0 for step in steps), tag
     for tag in TAGS - {"charts/episodic_return", "charts/episodic_length"}:
         assert len(logged[tag]) == 10, tag
     assert [value for _, value in logged["offpolicy/age_max"]] == [0, 1, 2, 3, 4, 4, 4, 4, 4, 4]
     rates = [value for _, value in logged["charts/learning_rate"]]
-    assert rates == pytest.approx([end.args.learning_rate * (1 - i / 10) for i in range(10)])
+    assert rates == pytest.approx([checkpoint["args"]["learning_rate"] * (1 - i / 10) for i in range(10)])
     for tag in ("losses/clipfrac", "offpolicy/ess", "offpolicy/dead_fraction"):
         assert all(0 <= value <= 1 + 1e-6 for _, value in logged[tag]), tag
 
 
 def test_losses_are_means_over_all_minibatches(monkeypatch, tmp_path):
-    module = load("gipo_continuous")
-    policy_loss, losses = module.policy_loss, []
+    update, losses = CONTINUOUS.module.update, []
 
     def spy(*args):
-        losses.append(policy_loss(*args))
+        losses.append(update(*args))
         return losses[-1]
 
-    module.policy_loss = spy
-    run(module, monkeypatch, tmp_path, [*CLOCK, "--total-timesteps", 48])
-    means = np.array([loss.item() for loss, _ in losses]).reshape(3, 20).mean(1)
-    assert [value for _, value in scalars(tmp_path)["losses/policy_loss"]] == pytest.approx(means.tolist(), abs=1e-6)
+    monkeypatch.setattr(CONTINUOUS.module, "update", spy)
+    CONTINUOUS.train(CLOCK, 3)
+    logged = scalars(tmp_path)
+    for tag in losses[0][0]:
+        means = np.array([scalars[tag].item() for scalars, *_ in losses]).reshape(3, 4).mean(1)
+        assert [value for _, value in logged[tag]] == pytest.approx(means.tolist(), rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize(("flag", "normalized"), [("--norm-adv", True), ("--no-norm-adv", False)])
-def test_advantages_are_normalized_by_minibatch(flag, normalized, monkeypatch, tmp_path):
-    module = load("gipo_continuous")
-    moments = watch(monkeypatch, module, "policy_loss", lambda _, adv, *__: (adv.mean().item(), adv.std().item()))
-    run(module, monkeypatch, tmp_path, [*CLOCK, "--total-timesteps", 32, flag])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_advantages_are_normalized_by_minibatch(normalized, monkeypatch):
+    update, moments = CONTINUOUS.module.update, []
+
+    def spy(*args):
+        step = update(*args)
+        moments.append((step[2].mean().item(), step[2].std().item()))
+        return step
+
+    monkeypatch.setattr(CONTINUOUS.module, "update", spy)
+    CONTINUOUS.train(CLOCK, 2, norm_adv=normalized)
     for mean, std in moments:
         assert (abs(mean) < 1e-5, std == pytest.approx(1, abs=1e-4)) == (normalized, normalized)
 
 
-def test_statistics_start_from_random_steps(monkeypatch, tmp_path):
-    end = run(load("gipo_continuous"), monkeypatch, tmp_path, [*CLOCK, "--total-timesteps", 48])
-    assert end.agent.obs_stats.count == 2 * end.RANDOM_STEPS + 48
-    assert end.global_step == 48  # the random steps do not count
+def test_train_returns_the_agent_and_the_folder_of_a_run_of_its_own():
+    """Runs that start together do not share a folder; every observation of a run is in the agent's statistics."""
+    runs = [CONTINUOUS.train(CLOCK, 3) for _ in range(2)]
+    assert len({folder for _, folder in runs}) == len([*Path("runs").iterdir()]) == 2
+    for agent, folder in runs:
+        assert all(torch.equal(value, agent.state_dict()[name]) for name, value in checkpoint_of(folder)["agent"].items())
+        assert agent.obs_stats.count == 3 * ROLLOUT
 
 
-def test_runs_that_start_together_do_not_share_a_folder(monkeypatch, tmp_path):
-    for _ in range(2):
-        run(load("gipo_continuous"), monkeypatch, tmp_path, [*CLOCK, "--total-timesteps", 16])
-    assert len(list((tmp_path / "runs").iterdir())) == 2
-
-
-def test_success_at_any_step_counts(monkeypatch, tmp_path):
-    run(load("gipo_continuous"), monkeypatch, tmp_path, [*CLOCK, "--total-timesteps", 96])
+@pytest.mark.parametrize("entry", [CONTINUOUS, BASELINES[0]], ids=str)
+def test_success_at_any_step_counts(entry, tmp_path):
+    entry.train(CLOCK, 6, eval_episodes=2)
     logged = scalars(tmp_path)
-    assert {value for _, value in logged["charts/success_rate"]} == {1.0}
-    assert {value for _, value in logged["charts/episodic_return"]} == {0 + 1 + 2 + 3 + 4}
-    assert {value for _, value in logged["charts/episodic_length"]} == {5}
+    for prefix in ("charts", "eval"):
+        assert {value for _, value in logged[f"{prefix}/success_rate"]} == {1.0}
+        assert {value for _, value in logged[f"{prefix}/episodic_return"]} == {0 + 1 + 2 + 3 + 4}
+        assert {value for _, value in logged[f"{prefix}/episodic_length"]} == {5}
 
 
 @pytest.mark.slow
 def test_meta_world(monkeypatch, tmp_path):
     """To the time limit of its episodes; and the goals of the evaluation are not those of training."""
-    module = load("gipo_continuous")
-    start_envs, started = module.start_envs, []
+    goals = []
 
-    def spy(*args, **kwargs):
-        started.append(start_envs(*args, **kwargs))
-        return started[-1]
+    def note(envs, **_):
+        tasks = [env.get_wrapper_attr("tasks") for env in envs.envs]
+        goals.append({task.data for copies in tasks for task in copies})
 
-    module.start_envs, module.EVAL_STEPS = spy, 1
-    argv = "--env-id Meta-World/reach-v3 --num-envs 2 --num-steps 251 --num-minibatches 2 --update-epochs 1".split()
-    end = run(module, monkeypatch, tmp_path, [*argv, "--total-timesteps", 1004, "--eval-episodes", 2])
-    assert not end.buffer.terminated.any() and end.buffer.dones.any()
-    logged = scalars(tmp_path)
-    assert logged["charts/episodic_length"] == [(1004, 500)]
-    assert "charts/success_rate" in logged
-    (_, obs), _ = started
-    assert not np.array_equal(obs[0], obs[1])  # each copy has a goal of its own
-    goals = [
-        {task.data for env in envs.unwrapped.envs for task in env.get_wrapper_attr("tasks")} for envs, _ in started
-    ]
+    watch(monkeypatch, gym.vector.SyncVectorEnv, "reset", note)
+    places = watch(monkeypatch, CONTINUOUS.module, "ReplayBuffer", lambda _, obs, *__: obs)
+    monkeypatch.setattr(CONTINUOUS.module, "EVAL_STEPS", 1)
+    values = {"num_steps": 251, "update_epochs": 1, "total_timesteps": 1004, "eval_episodes": 2}
+    _, folder = CONTINUOUS.train("Meta-World/reach-v3", **values)
+    buffer, logged = checkpoint_of(folder)["buffer"], scalars(tmp_path)
+    assert not buffer["terminated"].any() and buffer["dones"].any()
+    assert logged["charts/episodic_length"] == [(1004, 500)] and "charts/success_rate" in logged
+    assert not torch.equal(*places[0])  # each copy has a goal of its own
     assert len(goals[0]) == len(goals[1]) == 2 * 50 and not goals[0] & goals[1]
 
 
-ONE_SMALL_STEP = "--num-minibatches 1 --minibatch-size 2 --update-epochs 1".split()
-
-
 @pytest.mark.slow
-def test_atari_life_loss_ends_the_return_but_not_the_game_nor_its_score(monkeypatch, tmp_path):
-    flags = ["--env-id", "ALE/Breakout-v5", "--num-envs", 4, *ONE_SMALL_STEP]
-    argv = [*flags, "--num-steps", 400, "--total-timesteps", 1600]
-    buffer = run(load("gipo_atari"), monkeypatch, tmp_path / "lives", argv).buffer
-    rewards, terminated, valid = buffer.rewards[0, :-1], buffer.terminated[0, :-1], buffer.valid[0, :-1]
+def test_atari_life_loss_ends_the_return_but_not_the_game_nor_its_score(tmp_path):
+    _, folder = ATARI.train(REAL["Frames"], num_envs=4, num_steps=400, total_timesteps=1600, **SMALL)
+    buffer = checkpoint_of(folder)["buffer"]
+    rewards, terminated, valid = (buffer[name][0, :-1] for name in ("rewards", "terminated", "valid"))
     games = []
     for column, column_valid in zip(rewards.T, valid.T):
         ends = (~column_valid).nonzero().flatten().tolist()
         games += [column[start:end].sum().item() for start, end in zip([0, *ends], ends)]
     assert 4 * len(games) < terminated.sum().item()  # five lives a game, and only the last brings an autoreset
     assert not (terminated & ~valid).any()
-    ((_, logged),) = scalars(tmp_path / "lives")["charts/episodic_return"]
+    ((_, logged),) = scalars(tmp_path)["charts/episodic_return"]
     assert logged == pytest.approx(np.mean(games)) and logged > 0
 
-    argv = [*flags, "--num-steps", 200, "--total-timesteps", 800, "--no-life-loss-terminates"]
-    buffer = run(load("gipo_atari"), monkeypatch, tmp_path / "games", argv).buffer
-    assert buffer.terminated[0, :-1].sum().item() == pytest.approx((~buffer.valid[0, :-1]).sum().item(), abs=4)
+    values = {"num_envs": 4, "num_steps": 200, "total_timesteps": 800, "life_loss_terminates": False}
+    _, folder = ATARI.train(REAL["Frames"], **values, **SMALL)
+    buffer = checkpoint_of(folder)["buffer"]
+    ends = (~buffer["valid"][0, :-1]).sum().item()
+    assert buffer["terminated"][0, :-1].sum().item() == pytest.approx(ends, abs=4)
 
 
 @pytest.mark.slow
-def test_atari_stores_true_rewards(monkeypatch, tmp_path):
+def test_atari_stores_bytes_and_true_rewards_and_learns_from_clipped_ones():
     """MsPacman's pellets pay 10."""
-    argv = "--env-id ALE/MsPacman-v5 --num-envs 8 --num-steps 64 --total-timesteps 512".split()
-    end = run(load("gipo_atari"), monkeypatch, tmp_path, [*argv, *ONE_SMALL_STEP])
-    assert end.buffer.rewards.max() >= 10
-    assert end.agent.scale_rewards(end.buffer.rewards).max() == 1
-
-
-def test_atari_learns_from_clipped_rewards_and_stores_bytes(monkeypatch, tmp_path):
-    argv = "--env-id probes:Frames-v0 --num-envs 2 --num-steps 8 --num-minibatches 2 --total-timesteps 32".split()
-    end = run(load("gipo_atari"), monkeypatch, tmp_path, argv)
-    assert end.buffer.obs.dtype == torch.uint8
-    assert end.agent.scale_rewards(torch.tensor([-7.0, 0.5, 3.0])).tolist() == [-1, 0.5, 1]
+    agent, folder = ATARI.train("ALE/MsPacman-v5", num_envs=8, num_steps=64, total_timesteps=512, **SMALL)
+    buffer = checkpoint_of(folder)["buffer"]
+    assert buffer["obs"].dtype == torch.uint8 and buffer["rewards"].max() >= 10
+    assert agent.scale_rewards(buffer["rewards"]).max() == 1
+    assert agent.scale_rewards(torch.tensor([-7.0, 0.5, 3.0])).tolist() == [-1, 0.5, 1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GIPO)
-def test_the_seed_decides(name, monkeypatch, tmp_path):
-    flags = "--num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 1 --total-timesteps 64".split()
+@three
+def test_the_seed_decides(entry):
+    def weights(seed):
+        agent, _ = entry.train(REAL[entry.kind], 4, seed=seed, buffer_epochs=2)
+        return torch.cat([tensor.flatten().double() for tensor in agent.state_dict().values()])
 
-    def weights(label, seed):
-        argv = [*flags, "--device", "cpu", "--buffer-epochs", 2, "--seed", seed]
-        agent = run(load(name), monkeypatch, tmp_path / label, argv).agent
-        return torch.cat([tensor.flatten().float() for tensor in agent.state_dict().values()])
-
-    first = weights("first", 1)
-    assert torch.equal(first, weights("again", 1))
-    assert not torch.equal(first, weights("other", 2))
+    first = weights(1)
+    assert torch.equal(first, weights(1))
+    assert not torch.equal(first, weights(2))
 
 
-def test_wandb_failure_costs_no_run(monkeypatch, tmp_path, capsys):
+@six
+def test_weights_and_biases_that_cannot_log_are_found_before_training(entry, refused, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import fails
-    run(load("gipo_continuous"), monkeypatch, tmp_path, [*CLOCK, "--total-timesteps", 32, "--track"])
-    assert "warning: the run goes on without Weights and Biases" in capsys.readouterr().err
-    assert scalars(tmp_path)["charts/SPS"]
+    _, folder = entry.train("Plain", 1)
+    before = [*folder.iterdir()]
+    assert "--track" in refused(entry, "--resume", folder, "--track", "--total-timesteps", 99)
+    assert [*folder.iterdir()] == before and len([*Path("runs").iterdir()]) == 1
 
 
 @pytest.mark.slow
 def test_wandb_follows_its_environment_variables(tmp_path):
-    flags = "--env-id Hopper-v5 --num-envs 2 --num-steps 8 --num-minibatches 2 --total-timesteps 32".split()
-    result = subprocess.run(
-        [sys.executable, ROOT / "gipo_continuous.py", *flags, "--eval-episodes", "0", "--track"],
-        cwd=tmp_path,
-        env=os.environ | {"WANDB_MODE": "offline", "WANDB_PROJECT": "elsewhere"},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, ROOT / "gipo_continuous.py", *tiny("Plain", 2), "--track"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "WANDB_MODE": "offline", "WANDB_PROJECT": "elsewhere"}
+    result = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (record,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert b"charts/SPS" in record.read_bytes() and b"elsewhere" in record.read_bytes()
-    assert "warning: the run goes on without" not in result.stderr

@@ -2,43 +2,33 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import fault_envs
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from harness import ENTRIES, ROOT, SCRIPTS, load, run, scalars, source, watch
+from harness import ROOT, scalars, watch
 from short_runs import (
-    BAR,
-    ROLLOUT,
-    TINY,
-    at_iteration,
-    checkpoint_of,
-    environment,
-    folder_of,
-    fork_run,
-    iterations,
-    send,
-)
+    ATARI, BASELINES, CONTINUOUS, MINIGRID, ROLLOUT, SIX, THREE, at_iteration, cases, checkpoint_of, send, six,
+    the_folder, three, tiny,
+)  # fmt: skip
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-SCRIPT_OF = {"": "gipo_continuous", "Frames": "gipo_atari", "Grid": "gipo_minigrid_vision"}
-every_kind = pytest.mark.parametrize("kind", ["", pytest.param("Frames", marks=pytest.mark.slow), "Grid"])
+HERE = Path()
 
 
-def fault(name, *flags):
-    return ["--env-id", f"fault_envs:{name}-v0", *TINY, *iterations(4), *flags]
-
-
-# ----------------------------------------------------- statistics -----------------------------------------------------
-
-
-@pytest.mark.parametrize("offset", [0, 4.7, 1013.25, 1e5, 1e6])
+# ----------------------------------------------------- not finite ----------------------------------------------------
+@pytest.mark.parametrize("offset", [0, 1013.25, 1e6])
 @pytest.mark.parametrize("std", [0, 1])
 def test_variance_far_from_zero(offset, std):
-    stats, random = load("gipo_continuous").RunningMeanStd((1,)), torch.Generator().manual_seed(1)
+    stats, random = CONTINUOUS.module.RunningMeanStd((1,)), torch.Generator().manual_seed(1)
     samples = (offset + std * torch.randn(40, 8, 1, generator=random, dtype=torch.float64)).float()
     for batch in samples:
         stats.update(batch)
@@ -46,239 +36,313 @@ def test_variance_far_from_zero(offset, std):
     assert stats.var.item() == pytest.approx(samples.double().var(correction=0).item(), rel=0.03, abs=1e-8)
 
 
-@pytest.mark.slow
-def test_humanoid_stays_finite(monkeypatch, tmp_path):
+def test_humanoid_stays_finite():
     """Some of its dimensions never change."""
-    argv = "--env-id Humanoid-v5 --num-steps 64 --num-minibatches 4 --update-epochs 1 --total-timesteps 1024".split()
-    end = run(load("gipo_continuous"), monkeypatch, tmp_path, argv)
-    assert end.iteration == 1
-    assert (end.agent.obs_stats.var >= 0).all()
+    agent, _ = CONTINUOUS.train("gymnasium:Humanoid-v5", 8)
+    assert (agent.obs_stats.var >= 0).all()
 
 
+@pytest.mark.slow
 def test_more_samples_than_torch_quantile_takes():
-    samples = torch.zeros(2**24 + 1)
-    logged = load("gipo_continuous").diagnostics(samples, samples + 1)
+    samples = torch.zeros(2**24 + 1, 1)
+    logged = CONTINUOUS.module.diagnostics(samples, samples + 1, CONTINUOUS.args("Plain"))
     assert logged["offpolicy/abs_logratio_p95"] == 0 and logged["offpolicy/ess"] == pytest.approx(1, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "what"),
-    [
-        ("NanObservation", "", "observations"),
-        ("NanReward", "", "rewards"),
-        *(
-            ("InfiniteReward", kind, "rewards") for kind in SCRIPT_OF
-        ),  # Atari's are clipped before they are learned from
-    ],
-)
-def test_what_is_not_finite_is_named_and_not_saved(name, kind, what, refused, tmp_path):
-    flags = [*iterations(12), "--checkpoint-interval", 1]
-    error = refused(load(SCRIPT_OF[kind]), fault(name + kind, *flags), code=1)
-    assert f"'{what}'" in error and "iteration 9" in error and "keeps its last checkpoint" in error
-    assert checkpoint_of(tmp_path)["iteration"] == 9
-    assert all(tensor.isfinite().all() for tensor in checkpoint_of(tmp_path)["agent"].values())
+NOT_FINITE = cases(SIX, "InfiniteReward", "rewards", 9) + cases(SIX, "NanEarly", "rewards", 0)
+NOT_FINITE += [(CONTINUOUS, "NanReward", "rewards", 9), (CONTINUOUS, "NanObservation", "observations", 9)]
+
+
+@pytest.mark.parametrize(("entry", "env", "what", "iteration"), NOT_FINITE, ids=str)
+def test_what_is_not_finite_is_named_and_not_saved(entry, env, what, iteration):
+    """Atari's rewards are clipped before they are learned from, and are checked all the same."""
+    with pytest.raises(FloatingPointError, match=rf"^\['{what}'.* iteration {iteration}; .* keeps its last checkpoint"):
+        entry.train(env, 12, checkpoint_interval=1)
+    checkpoint = checkpoint_of(the_folder())
+    assert checkpoint["iteration"] == iteration
+    assert all(tensor.isfinite().all() for tensor in checkpoint["agent"].values())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(refused, monkeypatch):
+    update = CONTINUOUS.module.update
+    calls = watch(monkeypatch, CONTINUOUS.module, "policy_loss", lambda *_: None)
+
+    def poisoned(agent, *others):
+        nan = len(calls) == 4 * 5 + 1  # in iteration 4; the diagnostics call the loss too
+        if nan:
+            others = *others[:-2], others[-2] * np.nan, others[-1]
+        return update(agent, *others)
+
+    monkeypatch.setattr(CONTINUOUS.module, "update", poisoned)
+    error = refused(CONTINUOUS, *tiny("Plain", 8), "--checkpoint-interval", 2, code=1)
+    assert "losses/" in error and "iteration 4" in error and the_folder().name in error
+    checkpoint = checkpoint_of(the_folder())
+    assert checkpoint["iteration"] == 4
+    assert all(tensor.isfinite().all() for tensor in checkpoint["agent"].values())
 
 
 # -------------------------------------------------- what steps report -------------------------------------------------
+SUCCESS = cases(SIX, "NumpySuccess", {1}) + cases(THREE, "OwnSuccess", {0}) + cases([ATARI, CONTINUOUS], "SuccessAtEnd", {1})
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "rates"),
-    [
-        *(("NumpySuccess", kind, {1}) for kind in SCRIPT_OF),
-        ("SuccessAtEnd", "", {1}),
-        ("SuccessSometimes", "", {0, 1}),  # and what lies between
-        ("TextSuccess", "", set()),
-        ("TextSuccess", "Grid", set()),
-        ("DictSuccess", "", set()),
-    ],
-)
-def test_success_of_any_type(name, kind, rates, monkeypatch, tmp_path):
-    run(load(SCRIPT_OF[kind]), monkeypatch, tmp_path, fault(name + kind, "--eval-episodes", 3))
-    logged = scalars(tmp_path)
+@pytest.mark.parametrize(("entry", "env", "rates"), SUCCESS, ids=str)
+def test_success_of_any_numeric_type(entry, env, rates):
+    entry.train(env, eval_episodes=3)
+    logged = scalars(HERE)
     for prefix in ("charts", "eval"):
-        assert f"{prefix}/episodic_return" in logged
-        found = {rate for _, rate in logged.get(f"{prefix}/success_rate", [])}
-        assert bool(found) == bool(rates)
-        assert all(min(rates) <= rate <= max(rates) for rate in found)
+        assert {rate for _, rate in logged[f"{prefix}/success_rate"]} == rates
 
 
-@every_kind
-@pytest.mark.parametrize("name", ["NumpyReward", "Recorded"])
-def test_wrapped_environments(name, kind, monkeypatch, tmp_path):
+def test_a_success_that_is_reported_alone_is_a_rate_among_all_episodes():
+    """The first episode of every other environment succeeds, and nothing is said of the others."""
+    CONTINUOUS.train("SuccessSometimes", 12, num_envs=4, num_steps=48, eval_episodes=4)
+    logged = scalars(HERE)
+    ((_, rate),), ((_, evaluated),) = logged["charts/success_rate"], logged["eval/success_rate"]
+    assert 0.04 < rate < 0.12  # two of some 26 episodes
+    assert evaluated == 0.5
+
+
+@three
+@pytest.mark.parametrize("env", ["NumpyReward", "Recorded"])
+def test_wrapped_environments(env, entry):
     """Rewards of a type of numpy's, and episodes that the environment records itself."""
-    run(load(SCRIPT_OF[kind]), monkeypatch, tmp_path, fault(name + kind, "--eval-episodes", 3))
-    assert {"charts/episodic_return", "eval/episodic_return"} <= scalars(tmp_path).keys()
+    entry.train(env, eval_episodes=3)
+    assert {"charts/episodic_return", "eval/episodic_return"} <= scalars(HERE).keys()
 
 
-@every_kind
-def test_the_environment_s_own_success_holds(kind, monkeypatch, tmp_path):
-    run(load(SCRIPT_OF[kind]), monkeypatch, tmp_path, fault(f"OwnSuccess{kind}", "--eval-episodes", 3))
-    logged = scalars(tmp_path)
-    assert {rate for _, rate in logged["charts/success_rate"] + logged["eval/success_rate"]} == {0}
+@six
+def test_lives_outside_of_the_emulator_are_ignored(entry):
+    """A run where info["life_lost"] is true is the run where it is missing."""
+    first, second = (checkpoint_of(entry.train(env, 2)[1]) for env in ("Plain", "LifeLost"))
+    assert first["buffer"]["terminated"].any()
+    for part in ("buffer", "agent"):
+        assert all(torch.equal(tensor, second[part][name]) for name, tensor in first[part].items())
 
 
-@every_kind
-def test_an_evaluation_ends_without_a_time_limit(kind, monkeypatch, tmp_path, capsys):
-    module = load(SCRIPT_OF[kind])
-    assert module.EVAL_STEPS == 30_000
-    module.EVAL_STEPS = 20
-    run(module, monkeypatch, tmp_path, fault(f"Unending{kind}", "--eval-episodes", 3, *iterations(1)))
+@three
+def test_an_evaluation_ends_without_a_time_limit(entry, monkeypatch, capsys):
+    assert entry.module.EVAL_STEPS == 30_000
+    monkeypatch.setattr(entry.module, "EVAL_STEPS", 20)
+    entry.train("Unending", 1, eval_episodes=3)
     assert "0 of 3 episodes ended within 20 steps: {}" in capsys.readouterr().out
 
 
-# ---------------------------------------------------- environments ----------------------------------------------------
+# ------------------------------------------------- open environments -------------------------------------------------
+@six
+def test_environments_are_closed_before_the_evaluation_and_after_it(entry, monkeypatch):
+    """Some can exist only once: at each start none is open."""
+    started = watch(monkeypatch, entry.module, "start_envs", lambda *_, **__: len(fault_envs.OPEN))
+    entry.train("Drawn", 1, capture_video=True, eval_episodes=2)
+    assert started == [0, 0, 0] and not fault_envs.OPEN  # a first picture, the training, the evaluation
 
 
-@pytest.mark.parametrize(("name", "domain"), ENTRIES)
-@pytest.mark.parametrize("env_id", [".fault_envs:Plain-v0", "./fault_envs.py:Plain-v0"])
-def test_a_path_is_no_module(env_id, name, domain, refused, tmp_path):
-    assert "--env-id" in refused(load(name), [*domain, "--env-id", env_id])
-    assert not [*tmp_path.iterdir()]
+@six
+@pytest.mark.parametrize("when", ["rollout", "update", "evaluation", "signal", "not finite", "device"])
+def test_environments_are_closed_when_a_run_fails(when, entry, monkeypatch):
+    module = entry.module
+    env = {"rollout": "Broken", "not finite": "NanEarly"}.get(when, "Plain")
+    if when == "update":
+        monkeypatch.setattr(module, "update", None)
+    if when == "evaluation":
+        monkeypatch.setattr(module, "ended_episodes", lambda _, playing=None: [] if playing is None else 1 / 0)
+    if when == "signal":
+        at_iteration(module, monkeypatch, 0, lambda: send(signal.SIGTERM))
+    failure = ZeroDivisionError, TypeError, SystemExit, FloatingPointError, module.InputError
+    with pytest.raises(failure) as error:
+        entry.train(env, eval_episodes=1, device="tpu" if when == "device" else "cpu")
+    assert not fault_envs.OPEN
+    del error
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
-def test_a_path_is_no_module_of_a_run_either(flag, refused, monkeypatch, tmp_path):
-    run(load("gipo_continuous"), monkeypatch, tmp_path, [*BAR, *iterations(1)])
-    argv = [flag, folder_of(tmp_path), *iterations(2), "--env-id", ".fault_envs:Plain-v0", "--eval-episodes", 1]
-    assert "--env-id" in refused(load("gipo_continuous"), argv)
+# ---------------------------------------------------- environments ---------------------------------------------------
+@pytest.mark.parametrize("entry", [MINIGRID, BASELINES[2]], ids=str)
+def test_only_actions_that_the_grid_has(entry):
+    agent, _ = entry.train("Few", 16, eval_episodes=3)
+    assert agent.actor.out_features == 3
 
 
-def test_only_actions_that_the_grid_has(monkeypatch, tmp_path):
-    end = run(
-        load("gipo_minigrid_vision"), monkeypatch, tmp_path, fault("FewGrid", *iterations(16), "--eval-episodes", 3)
-    )
-    assert end.agent.actor.out_features == 3
+@pytest.mark.parametrize("entry", [CONTINUOUS, BASELINES[0]], ids=str)
+@pytest.mark.parametrize(("env", "bound"), [("Wide", "1000"), ("Tiny", "0.01"), ("Plain", None)])
+def test_action_ranges_that_the_policy_does_not_reach_are_named(env, bound, entry, capsys):
+    entry.train(env, 1)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == bool(bound) and all(bound in warning for warning in warnings)
 
 
-@pytest.mark.parametrize("kind", ["Frames", "Grid"])
-def test_actions_that_do_not_count_from_zero(kind, refused, tmp_path):
-    assert "actions that count from 0" in refused(load(SCRIPT_OF[kind]), fault(f"Start5{kind}"))
-    assert not [*tmp_path.iterdir()]
-
-
-@pytest.mark.parametrize(("name", "word"), [("LateWord", "elephant"), ("Digits", "3"), ("Greek", "πόρτα")])
-def test_words_outside_of_the_vocabulary(name, word, refused):
-    error = refused(load("gipo_minigrid_vision"), fault(f"{name}Grid", *iterations(90)))
-    assert f"'{word}'" in error and "VOCABULARY" in error
-
-
-def test_a_wide_action_range_is_named(monkeypatch, tmp_path, capsys):
-    run(load("gipo_continuous"), monkeypatch, tmp_path / "wide", fault("Wide"))
-    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert "1000" in warning
-    run(load("gipo_continuous"), monkeypatch, tmp_path / "plain", fault("Plain"))
-    assert "warning" not in capsys.readouterr().out
-
-
-# ------------------------------------------------------- streams ------------------------------------------------------
-
-
+# ------------------------------------------------------- streams -----------------------------------------------------
 def test_no_two_streams_of_environments_overlap():
     """Of any two seeds, and of the start, the resumed parts and the evaluation of a run."""
-    stream_seed = load("gipo_continuous").stream_seed
-    starts = sorted(stream_seed(seed, part) for seed in range(40) for part in (*range(5), 50, 100, 10**9))
+    stream = CONTINUOUS.module.seed_everything
+    starts = sorted(stream(seed, part) for seed in range(40) for part in (*range(5), 50, 100, 10**9))
     assert min(np.diff(starts)) >= 64
     assert 0 <= starts[0] and starts[-1] + 64 < 2**31
 
 
-@every_kind
-def test_no_two_seeds_share_a_stream(kind, monkeypatch, tmp_path):
+@three
+def test_no_two_seeds_share_a_stream(entry):
     first = []
     for seed in (1, 2, 3):
-        argv = fault(f"Noise{kind}", *iterations(1), "--seed", seed)
-        first += run(load(SCRIPT_OF[kind]), monkeypatch, tmp_path / str(seed), argv).buffer.obs[0, 0]
+        _, folder = entry.train("Noise", 1, seed=seed)
+        first += checkpoint_of(folder)["buffer"]["obs"][0, 0]
     assert len(torch.stack(first).unique(dim=0)) == 3 * 2
 
 
-@every_kind
-def test_no_two_parts_of_a_run_share_a_stream(kind, monkeypatch, tmp_path):
+@three
+def test_no_two_parts_of_a_run_share_a_stream(entry, monkeypatch):
     resets = watch(monkeypatch, gym.vector.SyncVectorEnv, "reset", lambda self, *, seed=None, options=None: seed)
-    run(load(SCRIPT_OF[kind]), monkeypatch, tmp_path, fault(f"Noise{kind}", "--eval-episodes", 2))
-    argv = ["--resume", folder_of(tmp_path), *iterations(8), "--eval-episodes", 2]
-    run(load(SCRIPT_OF[kind]), monkeypatch, tmp_path, argv)
+    _, folder = entry.train("Noise", eval_episodes=2)
+    entry.resume(folder, total_timesteps=8 * ROLLOUT, eval_episodes=2)
     start, evaluation, resumed = dict.fromkeys(resets)
-    assert min(abs(start - evaluation), abs(start - resumed), abs(evaluation - resumed)) >= 64
+    assert len(resets) == 4 and min(abs(start - evaluation), abs(start - resumed), abs(evaluation - resumed)) >= 64
 
 
-# ---------------------------------------------------- command line ----------------------------------------------------
+@six
+def test_the_seed_decides_for_environments_that_draw_from_the_generators_of_the_program(entry):
+    """Two starts with one seed are equal, two resumed parts too; and another seed is another run."""
+
+    def weights(start, *args, **values):
+        agent, _ = start(*args, **values)
+        return torch.cat([tensor.flatten().double() for tensor in agent.state_dict().values()])
+
+    first = weights(entry.train, "GlobalRandom", 2)
+    folder = the_folder()
+    saved = (folder / "checkpoint.pt").read_bytes()
+    assert torch.equal(first, weights(entry.train, "GlobalRandom", 2))
+    assert not torch.equal(first, weights(entry.train, "GlobalRandom", 2, seed=2))
+    resumed = weights(entry.resume, folder, total_timesteps=4 * ROLLOUT)
+    (folder / "checkpoint.pt").write_bytes(saved)
+    assert torch.equal(resumed, weights(entry.resume, folder, total_timesteps=4 * ROLLOUT))
 
 
-def test_a_run_killed_before_its_first_iteration_is_over_resumes_as_itself(monkeypatch, tmp_path):
-    module = load("gipo_continuous")
-    at_iteration(module, monkeypatch, 0, lambda: send(signal.SIGKILL))
-    os.waitpid(fork_run(module, monkeypatch, tmp_path, fault("Plain", "--seed", 7)), 0)
-    end = run(load("gipo_continuous"), monkeypatch, tmp_path, ["--resume", folder_of(tmp_path)])
-    assert end.args.env_id == "fault_envs:Plain-v0" and end.args.seed == 7
-    assert checkpoint_of(tmp_path)["iteration"] == 4
-
-
-@pytest.mark.parametrize("steps", [[], iterations(1), iterations(2)])
-def test_a_resumed_run_without_steps_left(steps, refused, monkeypatch, tmp_path):
-    run(load("gipo_continuous"), monkeypatch, tmp_path, [*BAR, *iterations(2)])
-    before = {path.name: path.read_bytes() for path in folder_of(tmp_path).iterdir()}
-    error = refused(load("gipo_continuous"), ["--resume", folder_of(tmp_path), *steps])
-    assert "--total-timesteps" in error and f"at least {3 * ROLLOUT}" in error
-    assert before == {path.name: path.read_bytes() for path in folder_of(tmp_path).iterdir()}
-
-
-@every_kind
-@pytest.mark.parametrize("name", ["Plain", "Undrawn", "NoPicture"])
-def test_a_video_that_cannot_be_drawn_is_refused_before_training(name, kind, refused, monkeypatch, tmp_path):
-    """No render mode, no `render`, and no picture from it; in training, and in the evaluation of a run."""
-    argv = fault(name + kind)
-    video = ["--capture-video", "--eval-episodes", 1]
-    assert "--capture-video" in refused(load(SCRIPT_OF[kind]), [*argv, *video])
-    assert not [*tmp_path.iterdir()]
-    run(load(SCRIPT_OF[kind]), monkeypatch, tmp_path, argv)
-    for flags in (["--evaluate"], [*iterations(8), "--resume"]):
-        assert "--capture-video" in refused(load(SCRIPT_OF[kind]), [*video, *flags, folder_of(tmp_path)])
-    assert checkpoint_of(tmp_path)["iteration"] == 4
-
-
-@every_kind
-def test_frames_are_written_as_they_come(kind, monkeypatch, tmp_path):
+# ------------------------------------------------------- video -------------------------------------------------------
+@three
+def test_frames_are_written_as_they_come(entry, monkeypatch):
     """From an environment that does not say how many frames make a second."""
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
-    module, events = load(SCRIPT_OF[kind]), []
-    evaluate = module.evaluate
-
-    def watched(*args):
-        with monkeypatch.context() as patch:
-            watch(patch, FFMPEG_VideoWriter, "write_frame", lambda *_: events.append("frame"))
-            watch(patch, gym.vector.SyncVectorEnv, "step", lambda *_: events.append("step"))
-            return evaluate(*args)
-
-    module.evaluate = watched
-    run(module, monkeypatch, tmp_path, fault(f"Drawn{kind}", "--capture-video", "--eval-episodes", 1))
-    ((_, length),) = scalars(tmp_path)["eval/episodic_length"]
-    assert events == ["frame", "step"] * int(length)
-    assert (folder_of(tmp_path) / f"{4 * ROLLOUT}.mp4").stat().st_size > 0
+    _, folder = entry.train("Drawn", 1)
+    args, weights = entry.args("Drawn", capture_video=True), checkpoint_of(folder)["agent"]
+    events = watch(monkeypatch, FFMPEG_VideoWriter, "write_frame", lambda *_: "frame")
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", step := gym.vector.SyncVectorEnv.step)
+    watch(monkeypatch, gym.vector.SyncVectorEnv, "step", lambda *_: events.append("step"))
+    found = entry.module.evaluate(args, weights, folder / "video.mp4")
+    assert events == ["frame", "step"] * int(found["eval/episodic_length"]) and step
+    assert (folder / "video.mp4").stat().st_size > 0
 
 
-def test_the_name_of_an_experiment_is_no_path(monkeypatch, tmp_path):
-    run(load("gipo_continuous"), monkeypatch, tmp_path, fault("Plain", "--exp-name", "../a:b/c"))
-    assert re.fullmatch(r"fault_envs-Plain-v0__[.-]+a-b-c__1__\d+", folder_of(tmp_path).name)
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+@six
+@pytest.mark.parametrize("failure", ["renderer", "encoder", "size"])
+def test_a_picture_that_fails_later_costs_no_evaluation(failure, entry, monkeypatch, capsys):
+    """The renderer breaks, the encoder dies, or frames change their size."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+
+    if failure == "encoder":
+        watch(monkeypatch, FFMPEG_VideoWriter, "write_frame", lambda self, _: self.proc.kill() or self.proc.wait())
+    env = {"renderer": "DrawnAtFirst", "encoder": "Drawn", "size": "Resized"}[failure]
+    entry.train(env, 1, capture_video=True, eval_episodes=1)
+    assert scalars(HERE)["eval/episodic_length"]
+    assert "warning: the video ends early" in capsys.readouterr().out
+
+
+# ----------------------------------------------------- full disk -----------------------------------------------------
+def whole(folder: Path, content: bytes) -> bool:
+    return (folder / "checkpoint.pt").read_bytes() == content and not (folder / "checkpoint.tmp").exists()
+
+
+@six
+def test_a_disk_that_is_full_costs_nothing_that_was_saved(entry, refused, monkeypatch):
+    """torch.save meets it; the limit on the size of files stands in for the disk."""
+    _, folder = entry.train("Plain", 2)
+    before, limits = (folder / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        error = refused(entry, "--resume", folder, "--total-timesteps", 99, code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{folder}/checkpoint.tmp cannot be written" in error and whole(folder, before) and not fault_envs.OPEN
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@six
+def test_a_disk_that_is_full_when_tensorboard_writes(entry, refused, monkeypatch):
+    written = watch(monkeypatch, RecordWriter, "write", lambda *_: full() if len(written) > 50 else None)
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    _, folder = entry.train("Plain", 1)
+    assert "No space left" in refused(entry, "--resume", folder, "--total-timesteps", 40 * ROLLOUT, code=1)
+    assert checkpoint_of(folder)["iteration"] == 1 and not (folder / "checkpoint.tmp").exists()
+    assert not fault_envs.OPEN
 
 
 @pytest.mark.slow
-def test_closed_stderr(tmp_path):
-    argv = [sys.executable, ROOT / "gipo_continuous.py", *fault("Plain", "--eval-episodes", 1)]
-    shell = ["sh", "-c", '"$@" 2>&-', "sh", *map(str, argv)]
-    result = subprocess.run(shell, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert result.returncode == 0 and "1 of 1 episodes ended" in result.stdout
+def test_a_log_that_fills_the_disk_ends_in_one_sentence():
+    """A run of its own, because TensorBoard writes in a thread; its log outgrows the checkpoint."""
+    flags = [*tiny("Plain", 10**6), "--update-epochs", 1, "--checkpoint-interval", 10**6]
+    CONTINUOUS.train("Plain", 1)
+    limit = (the_folder() / "checkpoint.pt").stat().st_size // 1024 + 2
+    command = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "-", sys.executable, ROOT / "gipo_continuous.py", *flags]
+    result = subprocess.run([*map(str, command)], env=with_paths(), cwd=HERE, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: "), "TensorBoard's thread may complain, but not last"
+    folder = max(Path("runs").iterdir())
+    assert checkpoint_of(folder)["iteration"] == 0 and not (folder / "checkpoint.tmp").exists()
 
 
-@pytest.mark.parametrize(("name", "domain"), ENTRIES)
-def test_help_warns_that_a_longer_run_raises_the_learning_rate(name, domain, monkeypatch, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(load(name), monkeypatch, tmp_path, [*domain, "--help"])
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    assert re.search("annealed learning rate jumps? up", text)
+def test_a_folder_that_cannot_be_written(refused):
+    Path("runs").write_text("a file stands where the folder should be")
+    assert "runs" in refused(CONTINUOUS, *tiny("Plain"), code=1)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_writes_whole_numbers_out(name):
-    assert not re.search(r": int.*\n +\"{3}.*\de\d", source(name)), "whole numbers are not accepted as 1e6"
+def test_the_name_of_an_experiment_is_no_path(tmp_path):
+    _, folder = CONTINUOUS.train("Plain", exp_name="../a:b/c")
+    assert re.fullmatch(r"fault_envs-Plain-v0__[.-]+a-b-c__1__\d+", folder.name)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"] and the_folder().name == folder.name
+
+
+# ------------------------------------------------------ threads ------------------------------------------------------
+def with_paths(**variables) -> dict:
+    """For a script in a process of its own, which finds our environments."""
+    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | variables
+
+
+@six
+def test_the_usual_variable_decides_about_threads(entry, monkeypatch):
+    chosen = watch(monkeypatch, torch, "set_num_threads", lambda n: n)
+    _, folder = entry.train("Plain", 1)
+    for variable, calls in ((None, 1), ("3", 0)):
+        monkeypatch.setenv("OMP_NUM_THREADS", variable) if variable else monkeypatch.delenv("OMP_NUM_THREADS")
+        entry.main(monkeypatch, "--evaluate", folder, "--eval-episodes", 1)
+        assert len(chosen) == calls
+        chosen.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variable", ["1", "2"])
+def test_the_number_of_threads_is_what_the_variable_says(variable):
+    code = "import torch, gipo_continuous as script; script.main(); print(torch.get_num_threads())"
+    command = [sys.executable, "-c", code, *map(str, tiny("Plain", 1))]
+    out = subprocess.run(command, env=with_paths(OMP_NUM_THREADS=variable), capture_output=True, text=True).stdout
+    assert out.splitlines()[-1] == variable
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a pair on one core takes twice as long")
+def test_two_runs_at_once_are_not_slower_than_one():
+    env = {name: value for name, value in with_paths().items() if not name.startswith("OMP_")}
+    flags = "--env-id Hopper-v5 --total-timesteps 6144 --eval-episodes 0 --seed".split()
+
+    def seconds(*seeds):
+        start, runs = time.time(), []
+        try:
+            for seed in seeds:
+                command = [sys.executable, ROOT / "gipo_continuous.py", *flags, str(seed)]
+                runs.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            assert [run.wait(timeout=120) for run in runs] == [0] * len(seeds)
+        finally:
+            for run in runs:
+                run.kill()
+        return time.time() - start
+
+    assert seconds(2, 3) < 2 * seconds(1)
