@@ -354,7 +354,8 @@ def start_envs(args, num_envs, seed, **render):
 def picture(envs):
     """What the first environment renders, (H, W, 3) uint8."""
     frame = envs.render()[0]
-    require(np.shape(frame)[2:] == (3,) and frame.dtype == np.uint8, "it renders no picture, (H, W, 3) uint8")
+    if np.shape(frame)[2:] != (3,) or frame.dtype != np.uint8:
+        raise ValueError("it renders no picture, (H, W, 3) uint8")
     return frame
 
 
