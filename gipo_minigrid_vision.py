@@ -74,10 +74,10 @@ def update(agent, optimizer, obs, actions, logprobs, start_logprobs, advantages,
     entropy_loss = entropy.mean()
     loss = pg_loss + args.kl_coef * kl - args.ent_coef * entropy_loss + args.vf_coef * v_loss
 
-    optimizer.zero_grad()
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
+    optimizer.zero_grad()  # last, because before backward() it makes torch.compile lose the gradients
     scalars = {
         "losses/policy_loss": pg_loss.detach(),
         "losses/value_loss": v_loss.detach(),

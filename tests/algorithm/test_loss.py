@@ -90,24 +90,13 @@ def test_one_column_is_the_joint_formula():
 @pytest.mark.parametrize(
     ("sigma", "bound"), [(0.1, 1.005013), (0.2, 1.020201), (0.5, 1.133148), (1, 1.648721), (2, 7.389056)]
 )
-def test_t1_t5_the_largest_coefficient(sigma, bound):
-    """It stands at sigma squared, where it would be 0 if a gradient flowed through the weight."""
+def test_t1_t2_t5_the_largest_coefficient(sigma, bound):
+    """At sigma squared, where it would be 0 if a gradient flowed through the weight; it is 1 at twice that."""
     x = torch.linspace(-10, 10, 20001, dtype=torch.float64)
     found = by_autograd(x, sigma=sigma)
     assert found.max().item() == pytest.approx(bound, abs=1e-6)
     assert x[found.argmax()].item() == pytest.approx(sigma**2, abs=1e-3)
-
-
-@given(sigma=st.floats(0.1, 3), t=st.floats(0, 5))
-def test_t2_t7_symmetries(sigma, t):
-    """The coefficient is symmetric about sigma squared, the weight about 0; it amplifies only in between."""
-    left, right, zero, double, x, minus = by_autograd(
-        [sigma**2 - t, sigma**2 + t, 0, 2 * sigma**2, t, -t], sigma=sigma
-    ).tolist()
-    assert left == pytest.approx(right, rel=1e-9, abs=1e-300)
-    assert [zero, double] == pytest.approx([1, 1])
-    assert x * math.exp(-t) == pytest.approx(minus * math.exp(t), rel=1e-9, abs=1e-300)
-    assert abs(t - sigma**2) < 1e-9 or (left > 1) == (t < sigma**2)
+    assert by_autograd([2 * sigma**2], sigma=sigma).item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])

@@ -1,4 +1,4 @@
-"""Advantages by hand and by definition, time limits bootstrapped, rows that are no transitions never learned from."""
+"""Advantages by number and by definition, time limits bootstrapped, rows that are no transitions never learned from."""
 
 import types
 
@@ -21,7 +21,7 @@ from gipo_continuous import Continuous, ReplayBuffer, compute_gae, load_checkpoi
         ("truncated", [0.8132, -0.13, 1.88], [1.3132, 0.335, 2.18]),
     ],
 )
-def test_vtrace_by_hand(end, expected, targets):
+def test_vtrace_by_number(end, expected, targets):
     rewards, values = torch.tensor([[1.0], [0.0], [2.0]]), torch.tensor([[0.5], [0.4], [0.3], [0.2]])
     ratios = torch.tensor([[2.0], [0.5], [1.5], [0.7]]).clamp(max=1)  # that of the last row plays no part
     ended = torch.tensor([[False], [True], [False]])
@@ -29,21 +29,6 @@ def test_vtrace_by_hand(end, expected, targets):
     advantages, returns = compute_gae(rewards, values, ratios, terminated, dones, gamma=0.9, gae_lambda=0.8)
     assert advantages.flatten().tolist() == pytest.approx(expected, abs=1e-6)
     assert returns.flatten().tolist() == pytest.approx(targets, abs=1e-6)
-
-
-def test_gae_by_hand():
-    """A step, a death, the autoreset row, a truncation, the autoreset row, a step."""
-    rewards = torch.tensor([[1.0], [2.0], [0.0], [3.0], [0.0], [4.0]])
-    values = torch.tensor([[10.0], [20.0], [30.0], [40.0], [50.0], [60.0], [70.0]])
-    terminated = torch.tensor([[False], [True], [False], [False], [False], [False]])
-    dones = torch.tensor([[False], [True], [False], [True], [False], [False]])
-    advantages, returns = compute_gae(rewards, values, torch.ones(7, 1), terminated, dones, 0.9, 0.5)
-    last = 4 + 0.9 * 70 - 60
-    truncation = 3 + 0.9 * 50 - 40  # bootstraps from the final observation, one row below
-    death = 2 - 20  # worth its reward alone
-    first = 1 + 0.9 * 20 - 10 + 0.45 * death
-    assert advantages[[0, 1, 3, 5], 0].tolist() == pytest.approx([first, death, truncation, last])
-    torch.testing.assert_close(returns, advantages + values[:-1])
 
 
 @given(seed=st.integers(0, 2**32 - 1), gae_lambda=st.sampled_from([0.0, 0.8, 1.0]))
@@ -150,17 +135,13 @@ def test_rows_are_transitions_of_one_episode():
     assert not buffer.valid[:, -1].any()
 
 
-@given(st.data())
-def test_samples_are_valid_and_even(data):
-    shape = (data.draw(st.integers(1, 4)), data.draw(st.integers(3, 6)), data.draw(st.integers(1, 3)))
-    mask = data.draw(st.lists(st.booleans(), min_size=int(np.prod(shape)), max_size=int(np.prod(shape))))
-    valid = torch.tensor(mask).view(shape)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 100))
+def test_samples_are_valid_and_even(seed, n):
+    valid = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(seed)) < 0.5
     valid[0, 0, 0] = True
-    n = data.draw(st.integers(1, 40))
     inds = ReplayBuffer.sample(types.SimpleNamespace(valid=valid), n)
-    assert len(inds) == n
-    assert valid.flatten()[inds].all()
-    counts = torch.bincount(inds, minlength=valid.numel())[valid.flatten()]
+    assert len(inds) == n and valid.flatten()[inds].all()
+    counts = torch.bincount(inds, minlength=30)[valid.flatten()]
     assert counts.max() - counts.min() <= 1
 
 

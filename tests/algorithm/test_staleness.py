@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from harness import scalars, watch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import gipo_atari
 import gipo_continuous
@@ -84,9 +82,8 @@ def test_a_frozen_buffer_does_not_change(source, monkeypatch, tmp_path):
     assert not torch.equal(noted[2]["obs"], noted[3]["obs"])
     # statistics of iteration 3 still count, because its rollout was the last to enter
     states = [dict(agent.named_buffers()) for agent in learned]
-    for i, fixed in ((3, False), *((i, True) for i in range(5, 9))):
-        assert torch.equal(states[i]["obs_stats.mean"], states[4]["obs_stats.mean"]) == fixed
-        assert all(torch.equal(field, states[4][name]) for name, field in states[i].items()) == fixed
+    for name in states[0]:
+        assert [torch.equal(states[i][name], states[4][name]) for i in range(3, 9)] == [False] + [True] * 5, name
     assert scalars(tmp_path)["charts/episodic_return"][-1][0] == 9 * ROLLOUT
 
 
@@ -145,29 +142,15 @@ def test_first_minibatch_is_on_policy(module, args, monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["vtrace", "recompute", "stored"])
-@pytest.mark.parametrize("dials", [{"buffer_epochs": 3}, {"policy_lag": 2}])
-def test_whose_advantages(dials, source, monkeypatch):
-    """Those of the current agent, or those of the time of collection without a trace."""
+def test_whose_advantages_are_computed_anew(source, monkeypatch):
+    """Those of all rollouts, or of the newest alone; the others keep the numbers of their time."""
     noted = watch(monkeypatch, ReplayBuffer, "sample", lambda self, n: contents(self))
-    learned = learners(monkeypatch)
-    traced = watch(monkeypatch, gipo_continuous, "compute_gae", lambda rewards, values, ratios, *_: ratios.clone())
-    args = clock(3, update_epochs=1, learning_rate=0.03, advantage_source=source, **dials)
-    train(args)
-    assert len(noted) == len(learned) == len(traced) == 3
-    plain = [bool((ratios == 1).all()) for ratios in traced]
-    assert plain[1:] == [source != "vtrace"] * 2
-    if source == "stored" and args.buffer_epochs > 1:
-        for i in (1, 2):
-            assert traced[i].shape == (1, 17, 2)
-            for name in ("advantages", "returns"):
-                assert torch.equal(noted[i - 1][name][:i], noted[i][name][:i]) and noted[i][name][i].any()
-        return
-    again = copy.deepcopy(noted[-1])
-    again["advantages"].zero_()
-    again["returns"].zero_()
-    gipo_continuous.refresh_advantages(SimpleNamespace(**again), again["versions"] >= 0, learned[2], args)
-    for name, field in again.items():
-        torch.testing.assert_close(field, noted[-1][name], msg=name)
+    indices = torch.arange(3)
+    slots = watch(monkeypatch, gipo_continuous, "refresh_advantages", lambda _, slots, *rest: indices[slots].tolist())
+    train(clock(3, update_epochs=1, buffer_epochs=3, advantage_source=source))
+    assert slots == ([[0], [1], [2]] if source == "stored" else [[0], [0, 1], [0, 1, 2]])
+    for name in ("advantages", "returns"):
+        assert torch.equal(noted[0][name][0], noted[2][name][0]) == (source == "stored")
 
 
 def test_running_statistics_are_those_of_all_samples():
@@ -193,12 +176,12 @@ def test_statistics_of_many_samples_still_move():
     assert stats.var.item() == pytest.approx(1 - (1 - 0.1**2) * 1000 / 1e8, abs=1e-9)
 
 
-@given(st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=4), min_size=1, max_size=5))
-def test_a_variance_is_never_negative(batches):
-    stats = RunningMeanStd(())
-    for batch in batches:
-        stats.update(torch.tensor(batch) / 1e6 + 1e6)  # steps of 1/16 around a million
-        assert stats.var >= 0 and stats.var.isfinite()
+def test_a_variance_is_never_negative():
+    """However far from 0 the mean is, where nothing varies."""
+    stats, x = RunningMeanStd((200,)), 1e7 * torch.rand(200, dtype=torch.float64)
+    for n in (1, 3, 7, 31):
+        stats.update(x.expand(n, -1))
+        assert stats.var.min() >= 0 and stats.var.max() < 1e-6
 
 
 def test_reward_scale_is_the_spread_of_discounted_returns():

@@ -180,9 +180,8 @@ def test_gipo_and_clip_are_the_scripts(fresh, monkeypatch, tmp_path):
 
 def from_the_shell(script, *arguments, folder=ROOT):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, script, *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, script, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.slow
@@ -191,8 +190,8 @@ def test_the_command_line():
     flat = re.sub(r"[\s│]+", " ", text)
     assert all(method in flat for method in LOSSES)
     assert "--sapo-tau FLOAT sapo: temperature of the gate" in flat and "(default: 1.0)" in flat
-    wrong = from_the_shell("benchmark/variants.py", "--tis-cap", "-1")
-    assert wrong.returncode == 2 and wrong.stderr.strip() == "error: --tis-cap -1.0: give a number above 0."
+    wrong = from_the_shell("benchmark/variants.py", "--learning-rate", "-1")
+    assert wrong.returncode == 2 and wrong.stderr.strip() == "error: --learning-rate -1.0: give a number above 0."
     assert from_the_shell("benchmark/variants.py", "--method", "none").returncode == 2
 
 
