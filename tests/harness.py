@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 import gipo_atari
 import gipo_continuous
 import gipo_minigrid_vision
 import ppo_baseline
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[1]
 GIPO = {"gipo_atari": gipo_atari, "gipo_continuous": gipo_continuous, "gipo_minigrid_vision": gipo_minigrid_vision}
