@@ -54,6 +54,10 @@ case $subcommand in
   report) module=pages; shift ;;
   tune | staleness | updates | million | ablation | lag | freeze | metaworld | minigrid | pong) module=experiments ;;
   peers | rllib | rllib-tune | llm) module=experiments ;;
-  *) echo "error: give a subcommand: $(sed -n 's|^#  *./benchmark.sh \([a-z-]*\).*|\1|p' "$0" | paste -sd ' ')" >&2; exit 2 ;;
+  *)
+    known=$(sed -n 's|^#  *./benchmark.sh \([a-z-]*\).*|\1|p' "$0" | paste -sd ' ')
+    echo "error: give a subcommand: $known" >&2
+    exit 2
+    ;;
 esac
 exec python -m "benchmark.$module" "$@"

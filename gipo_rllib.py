@@ -176,24 +176,24 @@ def policy_loss(logratio, advantages, args):
     own: the whole action (D = 1), or each of its dimensions. advantages are (B, 1). Returns a scalar.
     """
     z = (logratio / args.sigma).detach()
-    return -(torch.exp(logratio - 0.5 * z**2) * advantages).sum(1).mean()  # in one exponential, which cannot overflow
+    return -(torch.exp(logratio - 0.5 * z**2) * advantages).sum(1).mean()  # w * r as one exp, which cannot overflow
 
 
 def diagnostics(logratio, advantages, args):
     """Scalars: how far pi is from the behaviour policies, and how many samples still have a gradient.
 
-    logratio is (B, D) and advantages (B, 1). A sample's gradient is -c A grad log pi / B, with the coefficient c.
+    logratio is (B, D) and advantages (B, 1). The gradient of the policy loss is -c A grad log pi / B for each ratio;
+    autograd finds the coefficient c, whatever the loss.
     """
-    logratio = logratio.requires_grad_()
     sign = torch.where(advantages > 0, 1.0, -1.0)
-    (gradient,) = torch.autograd.grad(policy_loss(logratio, sign, args), logratio)
+    x = logratio.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(policy_loss(x, sign, args), x)
     coef = (-sign * gradient * len(sign)).flatten()
-    logratio = logratio.detach()
     joint = logratio.sum(1)
     absolute = logratio.abs().flatten()
-    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could overflow
+    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could underflow
     return {
-        # float32 ends at exp(88), and an outlier would swamp the mean
+        # exp(88) is the end of float32
         "losses/approx_kl": (joint.clamp(max=20).exp() - 1 - joint).mean(),
         "losses/clipfrac": ((logratio.exp() - 1).abs() > 0.2).float().mean(),
         # kthvalue, because torch.quantile takes 2**24 samples at most
@@ -216,10 +216,10 @@ def clip_loss(logratio, old_logratio, pg_advantages, args):
 
 def clip_diagnostics(logratio, old_logratio, advantages, args):
     """What replaces the scalars of `diagnostics` that tell of GIPO's coefficient, for APPO's loss."""
-    logratio = logratio.requires_grad_()
     sign = torch.where(advantages > 0, 1.0, -1.0)
-    loss = clip_loss(logratio, old_logratio, sign * torch.exp(old_logratio).clamp(max=1), args)
-    (gradient,) = torch.autograd.grad(loss, logratio)
+    x = logratio.clone().requires_grad_()
+    loss = clip_loss(x, old_logratio, sign * torch.exp(old_logratio).clamp(max=1), args)
+    (gradient,) = torch.autograd.grad(loss, x)
     coef = -sign * gradient * len(sign)
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)
     return {
@@ -511,12 +511,12 @@ def main(args: Args, config: APPOConfig):
         signal.signal(hangup, stop)
     with one_sentence("RLlib cannot start", code=1):
         algorithm = config.build_algo()
-    purge_step = None
+    first_step = 0
     if args.resume:
         with one_sentence(f"--resume {args.resume}: its checkpoint cannot be read"):
             checkpoint = newest_checkpoint(args.resume)
             algorithm.restore_from_path(str(checkpoint.absolute()))
-        purge_step = step_of(checkpoint) + 1  # steps after the checkpoint are logged again
+        first_step = step_of(checkpoint)
     # in nanoseconds, because runs that start together must not share a folder
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     folder = args.resume or Path("runs", re.sub(r"[^A-Za-z0-9_.-]", "-", run_name))
@@ -524,7 +524,7 @@ def main(args: Args, config: APPOConfig):
         folder.mkdir(parents=True, exist_ok=True)
     saved = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("resume", "address")}
     (folder / ARGS).write_text(json.dumps(saved, indent=1))
-    writer = SummaryWriter(folder, purge_step=purge_step)
+    writer = SummaryWriter(folder, purge_step=first_step + 1)  # steps after the checkpoint are logged again
     if not args.resume:
         save(algorithm, folder, 0)  # so that there is one, however early the run stops
         table = "\n".join(f"|{name}|{value}|" for name, value in saved.items())
@@ -538,7 +538,7 @@ def main(args: Args, config: APPOConfig):
         if result["fault_tolerance"]["num_remote_worker_restarts"] > restarts:
             restarts = int(result["fault_tolerance"]["num_remote_worker_restarts"])
             print(f"an actor died and was started again; {restarts} restarts so far", flush=True)
-        if not result["num_env_steps_sampled_lifetime"] and not stops:
+        if result["num_env_steps_sampled_lifetime"] <= first_step and not stops:
             continue  # the actors are still starting
         step = int(result["num_env_steps_sampled_lifetime"])
         first = first or (step, time.time())

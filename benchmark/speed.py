@@ -31,26 +31,22 @@ from benchmark.experiments import PEERS
 from benchmark.runner import ROOT
 
 # title: script, flags, timed iterations
-SMALL = "--num-minibatches 32"
-OLD = "--buffer-epochs 32"
 CONFIGURATIONS = {
     "HalfCheetah": ("gipo_continuous", "", 15),
     "HalfCheetah, --compile": ("gipo_continuous", "--compile", 15),
     "HalfCheetah, K = 8": ("gipo_continuous", "--buffer-epochs 8", 15),
-    "HalfCheetah, K = 32": ("gipo_continuous", OLD, 15),
-    "HalfCheetah, K = 64, stored": ("gipo_continuous", "--buffer-epochs 64 --advantage-source stored", 15),
-    "HalfCheetah, 10 x 32 minibatches of 64": ("gipo_continuous", SMALL, 15),
-    "HalfCheetah, 10 x 32 minibatches of 64, --compile": ("gipo_continuous", f"{SMALL} --compile", 15),
+    "HalfCheetah, K = 32": ("gipo_continuous", "--buffer-epochs 32", 15),
+    "HalfCheetah, 10 x 32 minibatches of 64": ("gipo_continuous", "--num-minibatches 32", 15),
+    "HalfCheetah, 10 x 32 minibatches of 64, --compile": ("gipo_continuous", "--num-minibatches 32 --compile", 15),
     "Meta-World reach": ("gipo_continuous", "--env-id Meta-World/reach-v3", 5),
     "Breakout": ("gipo_atari", "", 8),
     "Breakout, --compile": ("gipo_atari", "--compile", 8),
-    "Breakout, K = 32": ("gipo_atari", OLD, 2),
+    "Breakout, K = 32": ("gipo_atari", "--buffer-epochs 32", 2),
     "Breakout, --bfloat16": ("gipo_atari", "--bfloat16", 1),  # slow on a CPU without AMX
     "MiniGrid Fetch": ("gipo_minigrid_vision", "", 20),
     "MiniGrid Fetch, --compile": ("gipo_minigrid_vision", "--compile", 20),
-    "MiniGrid Fetch, K = 32": ("gipo_minigrid_vision", OLD, 10),
+    "MiniGrid Fetch, K = 32": ("gipo_minigrid_vision", "--buffer-epochs 32", 10),
 }
-# what Stable-Baselines3 is measured with, too
 PEER = ", Stable-Baselines3"
 COMPARED = ("HalfCheetah", "HalfCheetah, 10 x 32 minibatches of 64", "Breakout", "MiniGrid Fetch")
 TITLES = (*CONFIGURATIONS, *(title + PEER for title in COMPARED))
@@ -68,61 +64,47 @@ def now() -> float:
 class Clock:
     """Adds up the seconds of each phase, by watching functions that `train` calls.
 
-    An iteration counts from the beginning of its refresh to the beginning of the next one. Its update lasts from the
-    end of the refresh to `diagnostics`; nothing in between is watched, so that compiled code stays as it is.
+    A lap lasts from the beginning of a refresh to that of the next one. An update lasts from the end of the refresh to
+    `diagnostics`; nothing in between is watched, so that compiled code stays as it is.
     """
 
-    def __init__(self, module, args, warmup: int, iterations: int):
-        self.seconds, self.starts, self.watching = Counter(), [], False
-        self.first, self.last = warmup, warmup + iterations
-        module.refresh_advantages = self.watch(module.refresh_advantages, "refresh", self.mark)
-        module.diagnostics = self.watch(module.diagnostics, "rest", self.end_update)
-        agent, make_envs = type(args).Agent, type(args).make_envs
-        agent.get_action_and_value = self.watch(agent.get_action_and_value, "inference")
+    def __init__(self, module, args):
+        self.seconds, self.laps, self.watching = Counter(), [], False
+        domain, agent, make_envs = type(args), args.Agent, args.make_envs
+        self.watch(module, "refresh_advantages", "refresh", before=self.lap)
+        self.watch(module, "diagnostics", "rest", before=self.end_update)
+        self.watch(agent, "get_action_and_value", "inference")
 
         def make_watched_envs(*args, **kwargs):
             envs = make_envs(*args, **kwargs)
-            envs.step = self.watch(envs.step, "environment")
+            self.watch(envs, "step", "environment")
             return envs
 
-        type(args).make_envs = staticmethod(make_watched_envs)
+        domain.make_envs = staticmethod(make_watched_envs)
 
-    def watch(self, function, phase: str, before=None):
+    def watch(self, owner, name: str, phase: str, before=lambda *_: None):
+        function = getattr(owner, name)
+
         @wraps(function)
         def watched(*args, **kwargs):
             # calls with gradients belong to the update, and calls by a watched function belong to that function
             if self.watching or (phase == "inference" and torch.is_grad_enabled()):
                 return function(*args, **kwargs)
-            if before:
-                before(*args)
+            before(*args)
             start, self.watching = now(), True
             result = function(*args, **kwargs)
             self.watching, self.end = False, now()
             self.seconds[phase] += self.end - start
             return result
 
-        return watched
+        setattr(owner, name, watched)
 
-    def mark(self, buffer, *args):
-        """An iteration's refresh begins."""
+    def lap(self, buffer, *_):
         self.buffer = buffer
-        self.starts.append(now())
-        if len(self.starts) == self.first + 1:
-            self.seconds.clear()
-        if len(self.starts) == self.last + 1:
-            self.measured = Counter(self.seconds)
+        self.laps.append(Counter(self.seconds, time=now()))
 
-    def end_update(self, *args):
+    def end_update(self, *_):
         self.seconds["update"] += now() - self.end
-
-    def found(self, batch_size: int) -> dict[str, float]:
-        """Share of each phase, steps per second, and memory."""
-        elapsed = self.starts[self.last] - self.starts[self.first]
-        found = {phase: self.measured[phase] / elapsed for phase in PHASES}
-        found["steps/s"] = (self.last - self.first) * batch_size / elapsed
-        found["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        found["buffer MB"] = sum(field.nbytes for field in vars(self.buffer).values()) / 2**20
-        return found
 
 
 def bare_speed(envs) -> float:
@@ -157,11 +139,17 @@ def measure(title: str):
     module, args, iterations = flags_of(title)
     warmup, batch_size = args.buffer_epochs + 1, args.num_steps * args.num_envs  # then the buffer is full
     args.total_timesteps, args.checkpoint_interval = (warmup + iterations + 1) * batch_size, 10**6
-    clock = Clock(module, args, warmup, iterations)
+    torch.set_num_threads(args.num_threads)
+    clock = Clock(module, args)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         module.train(args)
-    bare = bare_speed(args.make_envs(args, args.num_envs, 1))
-    print(json.dumps(clock.found(batch_size) | {"bare": bare}))
+    first, last = clock.laps[warmup], clock.laps[warmup + iterations]
+    elapsed = last["time"] - first["time"]
+    found = {phase: (last[phase] - first[phase]) / elapsed for phase in PHASES}
+    found |= {"steps/s": iterations * batch_size / elapsed, "bare": bare_speed(args.make_envs(args, args.num_envs, 1))}
+    found["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found["buffer MB"] = sum(field.nbytes for field in vars(clock.buffer).values()) / 2**20
+    print(json.dumps(found))
 
 
 def command(title: str) -> list[str]:

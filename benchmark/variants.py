@@ -3,7 +3,7 @@
     python benchmark/variants.py --method sapo --sapo-tau 1 --buffer-epochs 8
 
 A new method is a function here, its name in METHODS, and a line in `Variant` for each flag that it needs. --help,
---resume, --evaluate and bad input work as in the script itself.
+--resume and --evaluate work as in the script itself.
 """
 
 import math

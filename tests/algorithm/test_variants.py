@@ -5,13 +5,13 @@ import re
 import subprocess
 import sys
 
-import gipo_continuous
 import numpy as np
-import ppo_baseline
 import pytest
 import torch
 from harness import ROOT, run, scalars
 
+import gipo_continuous
+import ppo_baseline
 from benchmark import methods, variants
 from benchmark.variants import LOSSES, Variant
 

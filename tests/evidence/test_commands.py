@@ -17,14 +17,14 @@ ELSEWHERE = {
     "python3 -m venv": ".ci/run",
     "pip install -r requirements": ".ci/run",
     "python -m pytest": ".ci/run",
-    "python gipo_rllib.py": "tests/test_rllib.py",
-    "python gipo_trl.py": "tests/test_trl.py",
+    "python gipo_rllib.py": "tests/engines/test_rllib.py",
+    "python gipo_trl.py": "tests/engines/test_trl.py",
     "python -m analysis.": "tests/algorithm/test_theory.py",
-    "./benchmark.sh speed": "tests/evidence/test_benchmark.py",
-    "./benchmark.sh random": "tests/evidence/test_benchmark.py",
-    "./benchmark.sh peers-time": "tests/evidence/test_benchmark.py",
-    "./benchmark.sh quick": "tests/evidence/test_report.py",
-    "./benchmark.sh report": "tests/evidence/test_report.py",
+    "./benchmark.sh speed": "tests/evidence/test_speed.py",
+    "./benchmark.sh random": "tests/evidence/test_speed.py",
+    "./benchmark.sh peers-time": "tests/evidence/test_speed.py",
+    "./benchmark.sh quick": "tests/evidence/test_pages.py",
+    "./benchmark.sh report": "tests/evidence/test_pages.py",
 }
 SHORT = ["--total-timesteps", "2048", "--eval-episodes", "1"]
 LONGER = ["--total-timesteps", "4096", "--eval-episodes", "1"]
@@ -47,16 +47,19 @@ def commands() -> list[str]:
     return [one for one in dict.fromkeys(found) if one not in by_hand() and not one.startswith(tuple(ELSEWHERE))]
 
 
-def test_every_experiment_has_a_plan(monkeypatch, capsys):
-    """As if nothing had been run, and the first candidate of each tuning were the best."""
+def test_every_experiment_of_the_pages_is_one():
+    """Or one of the second edition, whose rows are still there. tests/evidence/test_experiments.py makes the plans."""
     named = {command.split()[1] for command in commands() if command.startswith("./benchmark.sh")}
-    assert named <= experiments.EXPERIMENTS.keys()
-    monkeypatch.setattr("benchmark.runs.rows", lambda experiment: [])
-    monkeypatch.setattr(experiments, "tuned", lambda method, kl=0.1: experiments.candidate(method, 0, kl))
-    monkeypatch.setattr(experiments, "group_scores", lambda experiment, groups: dict.fromkeys(groups, 0.0))
-    for experiment in experiments.EXPERIMENTS:
-        assert experiments.main(experiments.Args(experiment, dry_run=True)) == 0
-        assert "--seed" in capsys.readouterr().out
+    assert named <= experiments.EXPERIMENTS.keys() | {path.stem for path in (ROOT / "benchmark/results").glob("*.csv")}
+
+
+def test_benchmark_sh_names_every_experiment():
+    """And no more than it can do."""
+    text = (ROOT / "benchmark.sh").read_text()
+    listed = set(re.findall(r"^#   ./benchmark.sh ([a-z-]+) ", text, re.MULTILINE))
+    assert listed == experiments.EXPERIMENTS.keys() | {"speed", "random", "peers-time", "report"}
+    lines = [line.split(")")[0].split("|") for line in text.splitlines() if re.match(r"  [a-z| -]+\)", line)]
+    assert listed == {word.strip() for words in lines for word in words}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import SCRIPTS, run, watch
+from harness import ROOT, SCRIPTS, run, watch
 
 CLASSES = {"": "Continuous", "Frames": "Atari", "Grid": "Minigrid"}
 REAL = {"": "Hopper-v5", "Frames": "ALE/Breakout-v5", "Grid": "MiniGrid-Fetch-5x5-N2-v0"}
@@ -45,9 +45,8 @@ class Entry:
 
     def resume(self, folder: Path, **values) -> tuple:
         """The run goes on, with these flags anew."""
-        checkpoint = self.module.load_checkpoint(folder)
-        saved = checkpoint["args"] | {"resume": folder, "eval_episodes": 0}
-        return self.module.train(getattr(self.module, CLASSES[self.kind])(**saved | values), checkpoint)
+        saved = self.module.load_checkpoint(folder)["args"] | {"resume": folder, "eval_episodes": 0}
+        return self.module.train(getattr(self.module, CLASSES[self.kind])(**saved | values))
 
     def main(self, monkeypatch, *argv) -> int | None:
         """The command line, in this folder; returns the exit code."""
@@ -63,12 +62,11 @@ ATARI, CONTINUOUS, MINIGRID, *BASELINES = [
 ]
 SIX = [ATARI, CONTINUOUS, MINIGRID, *BASELINES]
 THREE, FOUR = SIX[:3], SIX[:4]
-SLOW = ATARI, *BASELINES[1:]  # a large network, and domains that the fast tests meet in another script
 
 
 def cases(entries: list, *values) -> list:
-    """Parameters of a test, which is slow with some entries."""
-    return [pytest.param(entry, *values, marks=[pytest.mark.slow] * (entry in SLOW)) for entry in entries]
+    """Parameters of a test; the fast tests run one script, because what the scripts share is the same text."""
+    return [pytest.param(entry, *values, marks=[pytest.mark.slow] * (entry != CONTINUOUS)) for entry in entries]
 
 
 six, four, three = (pytest.mark.parametrize("entry", cases(entries), ids=str) for entries in (SIX, FOUR, THREE))
@@ -122,3 +120,8 @@ def fork(function, *args, **values) -> int:
 def kill(child: int):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+def environment(**variables) -> dict:
+    """For a script in a process of its own, which finds our environments."""
+    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | variables

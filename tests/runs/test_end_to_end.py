@@ -1,7 +1,6 @@
 """Every script and domain on a real environment, to the end of episodes, around the ring buffer, and read back."""
 
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from harness import ROOT, TAGS, scalars, watch
-from short_runs import ATARI, BASELINES, CONTINUOUS, REAL, ROLLOUT, checkpoint_of, six, three, tiny
+from short_runs import ATARI, BASELINES, CONTINUOUS, REAL, ROLLOUT, cases, checkpoint_of, environment, six, three, tiny
 
 CLOCK = "probes:Clock-v0"
 SMALL = {"num_minibatches": 1, "minibatch_size": 2, "update_epochs": 1}
@@ -40,34 +39,23 @@ def test_logs_every_tag(entry, tmp_path):
         assert all(0 <= value <= 1 + 1e-6 for _, value in logged[tag]), tag
 
 
-def test_losses_are_means_over_all_minibatches(monkeypatch, tmp_path):
-    update, losses = CONTINUOUS.module.update, []
-
-    def spy(*args):
-        losses.append(update(*args))
-        return losses[-1]
-
-    monkeypatch.setattr(CONTINUOUS.module, "update", spy)
-    CONTINUOUS.train(CLOCK, 3)
-    logged = scalars(tmp_path)
-    for tag in losses[0][0]:
-        means = np.array([scalars[tag].item() for scalars, *_ in losses]).reshape(3, 4).mean(1)
-        assert [value for _, value in logged[tag]] == pytest.approx(means.tolist(), rel=1e-6, abs=1e-6)
-
-
 @pytest.mark.parametrize("normalized", [True, False])
-def test_advantages_are_normalized_by_minibatch(normalized, monkeypatch):
-    update, moments = CONTINUOUS.module.update, []
+def test_losses_are_means_and_advantages_are_normalized_by_minibatch(normalized, monkeypatch, tmp_path):
+    update, steps = CONTINUOUS.module.update, []
 
     def spy(*args):
-        step = update(*args)
-        moments.append((step[2].mean().item(), step[2].std().item()))
-        return step
+        steps.append(update(*args))
+        return steps[-1]
 
     monkeypatch.setattr(CONTINUOUS.module, "update", spy)
-    CONTINUOUS.train(CLOCK, 2, norm_adv=normalized)
-    for mean, std in moments:
-        assert (abs(mean) < 1e-5, std == pytest.approx(1, abs=1e-4)) == (normalized, normalized)
+    CONTINUOUS.train(CLOCK, 3, norm_adv=normalized)
+    logged = scalars(tmp_path)
+    for tag in steps[0][0]:
+        means = np.array([losses[tag].item() for losses, *_ in steps]).reshape(3, 4).mean(1)
+        assert [value for _, value in logged[tag]] == pytest.approx(means.tolist(), rel=1e-6, abs=1e-6)
+    for _, _, advantages in steps:
+        mean, std = advantages.mean(), advantages.std()
+        assert (abs(mean) < 1e-5, abs(std - 1) < 1e-4) == (normalized, normalized)
 
 
 def test_train_returns_the_agent_and_the_folder_of_a_run_of_its_own():
@@ -75,11 +63,12 @@ def test_train_returns_the_agent_and_the_folder_of_a_run_of_its_own():
     runs = [CONTINUOUS.train(CLOCK, 3) for _ in range(2)]
     assert len({folder for _, folder in runs}) == len([*Path("runs").iterdir()]) == 2
     for agent, folder in runs:
-        assert all(torch.equal(value, agent.state_dict()[name]) for name, value in checkpoint_of(folder)["agent"].items())
+        saved = checkpoint_of(folder)["agent"]
+        assert all(torch.equal(value, saved[name]) for name, value in agent.state_dict().items())
         assert agent.obs_stats.count == 3 * ROLLOUT
 
 
-@pytest.mark.parametrize("entry", [CONTINUOUS, BASELINES[0]], ids=str)
+@pytest.mark.parametrize("entry", cases([CONTINUOUS, BASELINES[0]]), ids=str)
 def test_success_at_any_step_counts(entry, tmp_path):
     entry.train(CLOCK, 6, eval_episodes=2)
     logged = scalars(tmp_path)
@@ -165,7 +154,7 @@ def test_weights_and_biases_that_cannot_log_are_found_before_training(entry, ref
 @pytest.mark.slow
 def test_wandb_follows_its_environment_variables(tmp_path):
     command = [sys.executable, ROOT / "gipo_continuous.py", *tiny("Plain", 2), "--track"]
-    env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "WANDB_MODE": "offline", "WANDB_PROJECT": "elsewhere"}
+    env = environment(WANDB_MODE="offline", WANDB_PROJECT="elsewhere")
     result = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (record,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")

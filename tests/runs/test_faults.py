@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import fault_envs
@@ -16,26 +15,28 @@ import pytest
 import torch
 from harness import ROOT, scalars, watch
 from short_runs import (
-    ATARI, BASELINES, CONTINUOUS, MINIGRID, ROLLOUT, SIX, THREE, at_iteration, cases, checkpoint_of, send, six,
-    the_folder, three, tiny,
-)  # fmt: skip
+    BASELINES,
+    CONTINUOUS,
+    MINIGRID,
+    ROLLOUT,
+    SIX,
+    THREE,
+    at_iteration,
+    cases,
+    checkpoint_of,
+    environment,
+    send,
+    six,
+    the_folder,
+    three,
+    tiny,
+)
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 HERE = Path()
 
 
 # ----------------------------------------------------- not finite ----------------------------------------------------
-@pytest.mark.parametrize("offset", [0, 1013.25, 1e6])
-@pytest.mark.parametrize("std", [0, 1])
-def test_variance_far_from_zero(offset, std):
-    stats, random = CONTINUOUS.module.RunningMeanStd((1,)), torch.Generator().manual_seed(1)
-    samples = (offset + std * torch.randn(40, 8, 1, generator=random, dtype=torch.float64)).float()
-    for batch in samples:
-        stats.update(batch)
-        assert stats.var >= 0
-    assert stats.var.item() == pytest.approx(samples.double().var(correction=0).item(), rel=0.03, abs=1e-8)
-
-
 def test_humanoid_stays_finite():
     """Some of its dimensions never change."""
     agent, _ = CONTINUOUS.train("gymnasium:Humanoid-v5", 8)
@@ -64,25 +65,22 @@ def test_what_is_not_finite_is_named_and_not_saved(entry, env, what, iteration):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(refused, monkeypatch):
-    update = CONTINUOUS.module.update
-    calls = watch(monkeypatch, CONTINUOUS.module, "policy_loss", lambda *_: None)
+    policy_loss, nans = CONTINUOUS.module.policy_loss, []
 
-    def poisoned(agent, *others):
-        nan = len(calls) == 4 * 5 + 1  # in iteration 4; the diagnostics call the loss too
-        if nan:
-            others = *others[:-2], others[-2] * np.nan, others[-1]
-        return update(agent, *others)
+    def poisoned(*args):
+        return policy_loss(*args) * (nans[0] if nans else 1)
 
-    monkeypatch.setattr(CONTINUOUS.module, "update", poisoned)
+    monkeypatch.setattr(CONTINUOUS.module, "policy_loss", poisoned)
+    at_iteration(CONTINUOUS.module, monkeypatch, 4, lambda: nans.append(np.nan))
     error = refused(CONTINUOUS, *tiny("Plain", 8), "--checkpoint-interval", 2, code=1)
-    assert "losses/" in error and "iteration 4" in error and the_folder().name in error
+    assert "losses/policy_loss" in error and "iteration 4" in error and the_folder().name in error
     checkpoint = checkpoint_of(the_folder())
     assert checkpoint["iteration"] == 4
     assert all(tensor.isfinite().all() for tensor in checkpoint["agent"].values())
 
 
 # -------------------------------------------------- what steps report -------------------------------------------------
-SUCCESS = cases(SIX, "NumpySuccess", {1}) + cases(THREE, "OwnSuccess", {0}) + cases([ATARI, CONTINUOUS], "SuccessAtEnd", {1})
+SUCCESS = cases(SIX, "NumpySuccess", {1}) + cases(THREE, "OwnSuccess", {0}) + cases(THREE[:2], "SuccessAtEnd", {1})
 
 
 @pytest.mark.parametrize(("entry", "env", "rates"), SUCCESS, ids=str)
@@ -93,13 +91,14 @@ def test_success_of_any_numeric_type(entry, env, rates):
         assert {rate for _, rate in logged[f"{prefix}/success_rate"]} == rates
 
 
-def test_a_success_that_is_reported_alone_is_a_rate_among_all_episodes():
-    """The first episode of every other environment succeeds, and nothing is said of the others."""
-    CONTINUOUS.train("SuccessSometimes", 12, num_envs=4, num_steps=48, eval_episodes=4)
-    logged = scalars(HERE)
-    ((_, rate),), ((_, evaluated),) = logged["charts/success_rate"], logged["eval/success_rate"]
+@pytest.mark.parametrize(("env", "evaluated"), [("SuccessSometimes", 0.5), ("SuccessLate", None)])
+def test_a_success_that_is_reported_alone_is_a_rate_among_all_episodes(env, evaluated):
+    """One early or late episode of every other environment succeeds, and nothing is said of the others."""
+    _, folder = CONTINUOUS.train(env, 12, num_envs=4, num_steps=48)
+    args, weights = CONTINUOUS.args(env, eval_episodes=4), checkpoint_of(folder)["agent"]
+    ((_, rate),) = scalars(HERE)["charts/success_rate"]
     assert 0.04 < rate < 0.12  # two of some 26 episodes
-    assert evaluated == 0.5
+    assert CONTINUOUS.module.evaluate(args, weights, None).get("eval/success_rate") == evaluated
 
 
 @three
@@ -155,13 +154,13 @@ def test_environments_are_closed_when_a_run_fails(when, entry, monkeypatch):
 
 
 # ---------------------------------------------------- environments ---------------------------------------------------
-@pytest.mark.parametrize("entry", [MINIGRID, BASELINES[2]], ids=str)
+@pytest.mark.parametrize("entry", cases([MINIGRID, BASELINES[2]]), ids=str)
 def test_only_actions_that_the_grid_has(entry):
     agent, _ = entry.train("Few", 16, eval_episodes=3)
     assert agent.actor.out_features == 3
 
 
-@pytest.mark.parametrize("entry", [CONTINUOUS, BASELINES[0]], ids=str)
+@pytest.mark.parametrize("entry", cases([CONTINUOUS, BASELINES[0]]), ids=str)
 @pytest.mark.parametrize(("env", "bound"), [("Wide", "1000"), ("Tiny", "0.01"), ("Plain", None)])
 def test_action_ranges_that_the_policy_does_not_reach_are_named(env, bound, entry, capsys):
     entry.train(env, 1)
@@ -223,10 +222,9 @@ def test_frames_are_written_as_they_come(entry, monkeypatch):
     _, folder = entry.train("Drawn", 1)
     args, weights = entry.args("Drawn", capture_video=True), checkpoint_of(folder)["agent"]
     events = watch(monkeypatch, FFMPEG_VideoWriter, "write_frame", lambda *_: "frame")
-    monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", step := gym.vector.SyncVectorEnv.step)
     watch(monkeypatch, gym.vector.SyncVectorEnv, "step", lambda *_: events.append("step"))
     found = entry.module.evaluate(args, weights, folder / "video.mp4")
-    assert events == ["frame", "step"] * int(found["eval/episodic_length"]) and step
+    assert events == ["frame", "step"] * int(found["eval/episodic_length"])
     assert (folder / "video.mp4").stat().st_size > 0
 
 
@@ -259,7 +257,8 @@ def test_a_disk_that_is_full_costs_nothing_that_was_saved(entry, refused, monkey
         error = refused(entry, "--resume", folder, "--total-timesteps", 99, code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"{folder}/checkpoint.tmp cannot be written" in error and whole(folder, before) and not fault_envs.OPEN
+    assert "too large" in error or "checkpoint.tmp cannot be written" in error
+    assert whole(folder, before) and not fault_envs.OPEN
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -283,7 +282,7 @@ def test_a_log_that_fills_the_disk_ends_in_one_sentence():
     CONTINUOUS.train("Plain", 1)
     limit = (the_folder() / "checkpoint.pt").stat().st_size // 1024 + 2
     command = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "-", sys.executable, ROOT / "gipo_continuous.py", *flags]
-    result = subprocess.run([*map(str, command)], env=with_paths(), cwd=HERE, capture_output=True, text=True)
+    result = subprocess.run([*map(str, command)], env=environment(), cwd=HERE, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: "), "TensorBoard's thread may complain, but not last"
     folder = max(Path("runs").iterdir())
@@ -302,11 +301,6 @@ def test_the_name_of_an_experiment_is_no_path(tmp_path):
 
 
 # ------------------------------------------------------ threads ------------------------------------------------------
-def with_paths(**variables) -> dict:
-    """For a script in a process of its own, which finds our environments."""
-    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | variables
-
-
 @six
 def test_the_usual_variable_decides_about_threads(entry, monkeypatch):
     chosen = watch(monkeypatch, torch, "set_num_threads", lambda n: n)
@@ -323,26 +317,27 @@ def test_the_usual_variable_decides_about_threads(entry, monkeypatch):
 def test_the_number_of_threads_is_what_the_variable_says(variable):
     code = "import torch, gipo_continuous as script; script.main(); print(torch.get_num_threads())"
     command = [sys.executable, "-c", code, *map(str, tiny("Plain", 1))]
-    out = subprocess.run(command, env=with_paths(OMP_NUM_THREADS=variable), capture_output=True, text=True).stdout
+    out = subprocess.run(command, env=environment(OMP_NUM_THREADS=variable), capture_output=True, text=True).stdout
     assert out.splitlines()[-1] == variable
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a pair on one core takes twice as long")
 def test_two_runs_at_once_are_not_slower_than_one():
-    env = {name: value for name, value in with_paths().items() if not name.startswith("OMP_")}
+    """Seconds of CPU, because others may use this machine too; threads that wait for each other burn them."""
+    variables = {name: value for name, value in environment().items() if not name.startswith("OMP_")}
     flags = "--env-id Hopper-v5 --total-timesteps 6144 --eval-episodes 0 --seed".split()
 
     def seconds(*seeds):
-        start, runs = time.time(), []
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        commands = [[sys.executable, ROOT / "gipo_continuous.py", *flags, str(seed)] for seed in seeds]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        runs = [subprocess.Popen(command, env=variables, **quiet) for command in commands]
         try:
-            for seed in seeds:
-                command = [sys.executable, ROOT / "gipo_continuous.py", *flags, str(seed)]
-                runs.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
             assert [run.wait(timeout=120) for run in runs] == [0] * len(seeds)
         finally:
             for run in runs:
                 run.kill()
-        return time.time() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / len(seeds)
 
-    assert seconds(2, 3) < 2 * seconds(1)
+    assert seconds(2, 3) < 1.5 * seconds(1)

@@ -1,11 +1,13 @@
 """Checkpoints, resuming, evaluation: what a checkpoint promised is not lost, and a loaded agent is the saved one."""
 
 import contextlib
+import functools
 import itertools
 import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 import zipfile
 
@@ -15,10 +17,26 @@ import pytest
 import torch
 from harness import scalars, watch
 from short_runs import (
-    ATARI, BASELINES, CONTINUOUS, FOUR, MINIGRID, REAL, ROLLOUT, SIX, THREE, at_iteration, backdate_logs, cases,
-    checkpoint_of, fork, four, kill, send, six, the_folder,
-)  # fmt: skip
-from tqdm import tqdm
+    ATARI,
+    BASELINES,
+    CONTINUOUS,
+    FOUR,
+    MINIGRID,
+    REAL,
+    ROLLOUT,
+    SIX,
+    THREE,
+    at_iteration,
+    backdate_logs,
+    cases,
+    checkpoint_of,
+    fork,
+    four,
+    kill,
+    send,
+    six,
+    the_folder,
+)
 
 BAR = "probes:Bar-v0"
 PROBES = {"": BAR, "Frames": "probes:BarFrames-v0", "Grid": "probes:BarGrid-v0"}
@@ -166,31 +184,38 @@ def test_a_run_killed_before_its_first_iteration_is_over_resumes_as_itself(monke
     assert checkpoint["iteration"] == 4 and checkpoint["args"]["seed"] == 7 and checkpoint["args"]["env_id"] == BAR
 
 
-def test_a_child_that_is_killed_while_it_draws_does_not_block_the_next_run():
-    os.waitpid(fork(lambda: tqdm.get_lock().acquire() and send(signal.SIGKILL)), 0)
-    assert tqdm.get_lock().acquire(blocking=False)
-    tqdm.get_lock().release()
-
-
 @four
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_iteration_and_saves(number, entry, monkeypatch, tmp_path, capsys):
-    before = signal.getsignal(number)
+
+    def unhandled(*_):
+        raise AssertionError("nobody catches the signal")
+
+    before = signal.signal(number, unhandled)
     at_iteration(entry.module, monkeypatch, 2, lambda: send(number))
-    with pytest.raises(SystemExit) as stop:
-        entry.train("Plain", 100)
-    assert stop.value.code == 128 + number and signal.getsignal(number) is before
+    try:
+        with pytest.raises(SystemExit) as stop:
+            entry.train("Plain", 100)
+        assert stop.value.code == 128 + number and signal.getsignal(number) is unhandled
+    finally:
+        signal.signal(number, before)
     assert f"stopped after step {3 * ROLLOUT}" in capsys.readouterr().out
     assert checkpoint_of(the_folder())["iteration"] == 3
     assert scalars(tmp_path)["charts/SPS"][-1][0] == 3 * ROLLOUT
 
 
 @four
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_the_process_at_once(number, entry, monkeypatch):
-    at_iteration(entry.module, monkeypatch, 2, lambda: send(number, number))
+def test_a_second_signal_ends_the_run_at_once(entry, monkeypatch):
+    """As if nobody had caught it: Ctrl-C interrupts Python, SIGTERM ends the process."""
+    before = signal.getsignal(signal.SIGINT)
+    at_iteration(entry.module, monkeypatch, 2, lambda: send(signal.SIGINT, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        entry.train("Plain", 100)
+    assert checkpoint_of(the_folder())["iteration"] == 0 and signal.getsignal(signal.SIGINT) is before
+    shutil.rmtree("runs")
+    at_iteration(entry.module, monkeypatch, 2, lambda: send(signal.SIGTERM, signal.SIGTERM))
     _, status = os.waitpid(fork(entry.train, "Plain", 100), 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == number
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
     assert checkpoint_of(the_folder())["iteration"] == 0
 
 
@@ -204,25 +229,22 @@ def test_signals_are_ordinary_again_during_the_evaluation(monkeypatch):
 
 
 # ------------------------------------------------------ the file -----------------------------------------------------
-@pytest.fixture(scope="module")
-def first_runs(tmp_path_factory):
-    folders = {}
-    for entry in SIX:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(tmp_path_factory.mktemp(str(entry)))
-            _, folder = entry.train(PROBES[entry.kind], 2)
-            folders[entry] = folder.resolve()
-    return folders
+@functools.cache
+def first_run(entry) -> bytes:
+    """The checkpoint of a run of two iterations."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        _, folder = entry.train(PROBES[entry.kind], 2)
+        return (folder / "checkpoint.pt").read_bytes()
 
 
 @pytest.fixture
-def saved(first_runs, tmp_path):
-    """A copy of the folder of a run of each entry, of two iterations, without its logs."""
+def saved(tmp_path):
+    """Returns the folder of a run of an entry, of two iterations, without its logs."""
 
     def saved(entry):
         folder = tmp_path / "runs" / "saved"
         folder.mkdir(parents=True)
-        shutil.copy(first_runs[entry] / "checkpoint.pt", folder)
+        (folder / "checkpoint.pt").write_bytes(first_run(entry))
         return folder
 
     return saved
@@ -239,6 +261,13 @@ def test_only_a_rename_replaces_a_checkpoint(fails, saved, monkeypatch, tmp_path
         CONTINUOUS.resume(folder, total_timesteps=99)
     assert (folder / "checkpoint.pt").read_bytes() == before and not failed
     assert [path.name for path in folder.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_checkpoint_is_never_ahead_of_the_log(monkeypatch):
+    events = watch(monkeypatch, CONTINUOUS.module.SummaryWriter, "flush", lambda _: "log")
+    watch(monkeypatch, CONTINUOUS.module, "save_checkpoint", lambda *_: events.append("checkpoint"))
+    CONTINUOUS.train(BAR, 4, checkpoint_interval=2)
+    assert events[:5] == ["checkpoint", "log", "checkpoint", "log", "checkpoint"]
 
 
 @pytest.mark.parametrize(("entry", "lag"), [*cases(FOUR, 0), (CONTINUOUS, 3)], ids=str)
@@ -303,17 +332,16 @@ def test_flipped_bits_are_found(entry, saved):
     assert refusals >= 10
 
 
-@pytest.mark.parametrize(
-    ("entry", "other"),
-    [(CONTINUOUS, entry) for entry in (ATARI, MINIGRID, BASELINES[0])]
-    + [(BASELINES[i], entry) for i, entry in ((0, CONTINUOUS), (1, BASELINES[0]), (2, BASELINES[0]))],
-    ids=str,
-)
+OTHERS = [(CONTINUOUS, ATARI), (CONTINUOUS, MINIGRID), (CONTINUOUS, BASELINES[0]), (BASELINES[0], CONTINUOUS)]
+OTHERS += [(BASELINES[1], BASELINES[0]), (BASELINES[2], BASELINES[0])]
+
+
+@pytest.mark.parametrize(("entry", "other"), OTHERS, ids=str)
 def test_the_checkpoint_of_another_script(entry, other, saved, refused):
     folder = saved(other)
     for flag in ("--resume", "--evaluate"):
         error = refused(entry, flag, folder, "--total-timesteps", 900, "--eval-episodes", 3)
-        assert f"is a run of {other.name} " in error and f"not of {entry.name} " in error
+        assert f"is a run of {other.name}, which has other flags" in error
 
 
 @six
@@ -331,6 +359,11 @@ def test_no_checkpoint_there(flag, saved, refused, tmp_path):
     for path in ("nowhere", "empty", saved(CONTINUOUS) / "checkpoint.pt"):
         assert f"{path} has no checkpoint" in refused(CONTINUOUS, flag, path)
     assert not [*(tmp_path / "empty").iterdir()]
+
+
+def test_a_run_is_resumed_or_evaluated(saved, refused):
+    folder = saved(CONTINUOUS)
+    assert "give one of them" in refused(CONTINUOUS, "--resume", folder, "--evaluate", folder, "--eval-episodes", 1)
 
 
 # ----------------------------------------------------- evaluation ----------------------------------------------------
@@ -356,12 +389,13 @@ def test_a_loaded_agent_scores_as_it_did_before_it_was_saved(entry, monkeypatch,
         assert step == 64 and f"'{tag}': {mean:.4}"[:-1] in trained
 
 
-def test_short_episodes_are_not_favored():
-    """Episodes of 3 and of 30 steps in turn: to take the first that end would count the short ones more often."""
-    args = CONTINUOUS.args("probes:Uneven-v0", eval_episodes=4)
-    _, folder = CONTINUOUS.module.train(args)
-    found = CONTINUOUS.module.evaluate(args, checkpoint_of(folder)["agent"], None)
-    assert found["eval/episodic_length"] == (3 + 30) / 2
+@four
+def test_short_episodes_are_not_favored(entry):
+    """Every other environment has episodes of 3 steps, and the others of 7; the first to end would be short ones."""
+    _, folder = entry.train("Uneven", 1)
+    args = entry.args("Uneven", eval_episodes=4)
+    found = entry.module.evaluate(args, checkpoint_of(folder)["agent"], None)
+    assert found["eval/episodic_length"] == (3 + 7) / 2
 
 
 @four
@@ -371,10 +405,11 @@ def test_exactly_so_many_episodes(episodes, entry, saved, monkeypatch, capsys):
     assert summary(capsys).startswith(f"{episodes} of {episodes} episodes ")
 
 
-@pytest.mark.parametrize("entry", [CONTINUOUS, BASELINES[0]], ids=str)
+@pytest.mark.parametrize("entry", cases([CONTINUOUS, BASELINES[0]]), ids=str)
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5"])
 def test_the_camera_follows_a_robot(env_id, entry):
-    with contextlib.closing(entry.module.make_continuous_envs(entry.args(env_id), 1, 0, render_mode="rgb_array")) as envs:
+    make_envs, args = entry.module.make_continuous_envs, entry.args(env_id)
+    with contextlib.closing(make_envs(args, 1, 0, render_mode="rgb_array")) as envs:
         renderer = envs.unwrapped.envs[0].unwrapped.mujoco_renderer
         mode = renderer.model.cam_mode[renderer.camera_id]
         assert renderer.camera_id >= 0 and mode == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM

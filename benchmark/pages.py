@@ -1,0 +1,346 @@
+"""Figures and tables, made only from benchmark/rows/*.csv; the same files give the same bytes.
+
+./benchmark.sh report        # rewrites docs/figures and the texts between the markers of the pages
+
+What belongs to an experiment without rows stays as it is. Intervals are 95 %, and n is the number of runs of a cell in
+each task. A difference is bold if it shows: `intervals.clearly_better`.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import tyro
+
+from benchmark import measurements, runner, tuning
+from benchmark.drawing import against, forest, over_time, runs_per_task
+from benchmark.experiments import EXPERIMENTS, FIVE, FREEZE_AT, LARGE, STEPS, chosen, fresh_clip, grid, sizes
+from benchmark.intervals import clearly_better, difference, iqm_interval
+from benchmark.measurements import measure, random_actions, scale, scored, whole
+from benchmark.methods import name
+from benchmark.runner import DIAGNOSTICS, ROOT, Missing
+
+FIGURES = ROOT / "docs" / "figures"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCORE = "score: random = 0, PPO-clip at K = 1 is 1"
+GIPO, CLIP = name("gipo"), name("clip")
+ONE_SETTING = [name(method) for method in tuning.METHODS]
+Texts = dict[str, str]  # by marker
+
+
+# ----------------------------------------------------- Words, tables -------------------------------------------------
+def number(found: tuple[float, float, float], digits: int = 2) -> str:
+    """A statistic with its interval, if there is one."""
+    pattern = "{:z.{d}f}" if np.isnan(found).any() else "{:z.{d}f} ({:z.{d}f} to {:z.{d}f})"
+    return pattern.format(*found, d=digits)
+
+
+def values(table: pd.DataFrame) -> pd.Series:
+    return table.set_index("env_id").value
+
+
+def markdown(cells: pd.DataFrame) -> str:
+    """A table in Markdown whose numbers are already texts. A missing cell is empty."""
+    return cells.fillna("").to_markdown(disable_numparse=True)
+
+
+def in_cells(table: pd.DataFrame, text: Callable[[pd.DataFrame], str]) -> pd.DataFrame:
+    """text(rows) of each line and `x`, with n at the end."""
+    found = {(line, x): text(own) for (line, x), own in table.groupby(["line", "x"], sort=False)}
+    cells = pd.Series(found).unstack()[list(dict.fromkeys(table.x))].reindex(dict.fromkeys(table.line))
+    cells.index.name = None
+    return cells.assign(n=[runs_per_task(table[table.line == line]) for line in cells.index])
+
+
+def score_table(table: pd.DataFrame, digits: int = 2) -> str:
+    """Interquartile means with their intervals by line and `x`."""
+    return markdown(in_cells(table, lambda own: number(iqm_interval(values(own)), digits)))
+
+
+def bold_difference(ours: pd.DataFrame, theirs: pd.DataFrame, digits: int = 2) -> str:
+    """Ours minus theirs, bold if it shows; empty if their tasks differ."""
+    if ours.empty or set(ours.env_id) != set(theirs.env_id):
+        return ""
+    pair = values(ours), values(theirs)
+    text = number(difference(*pair), digits)
+    return f"**{text}**" if clearly_better(*pair) or clearly_better(*pair[::-1]) else text
+
+
+def difference_table(table: pd.DataFrame, line: str = GIPO, digits: int = 2) -> str:
+    """This line minus each other line, by `x`."""
+    ours = table[table.line == line]
+    if ours.empty or table.line.nunique() == 1:
+        return ""
+    others = table[table.line != line].assign(line=f"{line} minus " + table.line)
+    return markdown(in_cells(others, lambda own: bold_difference(ours[ours.x == own.x.iloc[0]], own, digits)))
+
+
+def detail_table(table: pd.DataFrame) -> str:
+    """Mean returns by task, means of the diagnostics at the end, and the number of runs that diverged."""
+    cells = table.groupby(["line", "x"], sort=False)
+    returns = table.pivot_table("value", ["line", "x"], "env_id", sort=False)
+    means = cells[[one for one in DIAGNOSTICS if table[one].notna().any()]].mean()
+    texts = returns.map("{:.4g}".format).join(means.map("{:.2g}".format)).replace("nan", "")
+    texts["diverged"] = cells.diverged.sum().map("{:.0f}".format)
+    texts.index = [f"{line}, {x}" for line, x in texts.index]
+    return markdown(texts.rename(columns=short))
+
+
+def verdict(ours: pd.DataFrame, theirs: pd.DataFrame, where: str, digits: int = 2) -> str:
+    """A sentence that compares two lines; empty if their tasks differ."""
+    if ours.empty or set(ours.env_id) != set(theirs.env_id):
+        return ""
+    if difference(values(ours), values(theirs))[0] < 0:
+        ours, theirs = theirs, ours
+    pair = values(ours), values(theirs)
+    _, low, high = difference(*pair)
+    own, other = (f"{iqm_interval(one)[0]:z.{digits}f}" for one in pair)
+    shown = f"({own} against {other}, difference {low:z.{digits}f} to {high:z.{digits}f}, n = {runs_per_task(ours)})"
+    names = ours.line.iloc[0], theirs.line.iloc[0]
+    if clearly_better(*pair):
+        return f"{where}: {names[0]} beats {names[1]} {shown}."
+    return f"{where}: no difference shows between {names[0]} and {names[1]} {shown}."
+
+
+def short(env_id: str) -> str:
+    return re.sub(r"^(ALE|MiniGrid|Meta-World)[/-]|(-N\d)?-v\d$", "", env_id)
+
+
+def fill(marker: str, text: str) -> bool:
+    """Put a text between the markers of that name on each page that has them; false if no page has."""
+    between, filled = rf"(<!-- {marker} -->\n).*?(<!-- end of {marker} -->)", 0
+    for page in PAGES:
+        old = page.read_text()
+        new, count = re.subn(between, lambda match: match[1] + text + "\n" + match[2], old, flags=re.DOTALL)
+        if new != old:
+            page.write_text(new)
+        filled += count
+    return filled > 0
+
+
+# ----------------------------------------------- Experiments with one scale ------------------------------------------
+def on_one_scale(experiment: str, dial: str, column: str = "final_return") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The complete cells of an experiment, as scores and as returns; `x` is the value of a flag."""
+    table = measure(EXPERIMENTS[experiment](), column)
+    table["x"] = table[dial].fillna(0).astype(int)
+    returns = whole(table, ["line", "x"], experiment)
+    return scored(returns, scale(fresh_clip(), "staleness")), returns
+
+
+def all_and_each(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Panels: all tasks together, and each task."""
+    return {"all tasks": table} | {short(env_id): own for env_id, own in table.groupby("env_id", sort=False)}
+
+
+def dial(experiment: str, flag: str, xlabel: str, column: str = "final_return") -> Texts:
+    """Figure and tables of scores against the values of a flag."""
+    table, returns = on_one_scale(experiment, flag, column)
+    return dial_texts(experiment, table, returns, xlabel)
+
+
+def dial_texts(experiment: str, table: pd.DataFrame, returns: pd.DataFrame, xlabel: str) -> Texts:
+    against(all_and_each(table), FIGURES / f"{experiment}.png", xlabel, SCORE)
+    texts = {experiment: score_table(table), f"{experiment}-differences": difference_table(table)}
+    return texts | {f"{experiment}-details": detail_table(returns)}
+
+
+def staleness() -> Texts:
+    table, returns = on_one_scale("staleness", "buffer_epochs")
+    one = table[table.line.isin(ONE_SETTING)]
+    texts = dial_texts("staleness", one, returns, "rollouts K in the replay buffer")
+    own_best = table[~table.line.isin(ONE_SETTING) | (table.line == GIPO)]
+    texts["staleness-best"], texts["staleness-best-differences"] = score_table(own_best), difference_table(own_best)
+    return texts | headline(one)
+
+
+def headline(table: pd.DataFrame) -> Texts:
+    """GIPO minus PPO-clip, and minus the best other method on old data, in all tasks and in each."""
+    old = table[table.x > 1]
+    means = {line: iqm_interval(values(own))[0] for line, own in old.groupby("line") if line not in (GIPO, CLIP)}
+    rivals = [CLIP, *sorted(means, key=means.get)[-1:]]
+    cells, said = {}, []
+    for k, line in ((k, line) for k in LARGE for line in rivals):
+        own = table[table.x == k]
+        for task, part in all_and_each(own).items():
+            pair = part[part.line == GIPO], part[part.line == line]
+            cells.setdefault(f"GIPO minus {line}, K = {k}", {})[task] = bold_difference(*pair)
+            said += [verdict(*pair, f"K = {k}")] if task == "all tasks" else []
+    n = runs_per_task(table[table.line == GIPO])
+    return {"headline": markdown(pd.DataFrame(cells).assign(n=n)), "headline-verdict": " ".join(filter(None, said))}
+
+
+def updates() -> Texts:
+    table, returns = on_one_scale("updates", "update_epochs")
+    names = table.line + ", K = " + table.buffer_epochs.astype(str)
+    table, returns = (one.assign(line=names, x=one.x.replace(0, 10)) for one in (table, returns))
+    table, returns = (one.sort_values(["x", "buffer_epochs"], kind="stable") for one in (table, returns))
+    texts = dial_texts("updates", table, returns, "update epochs per iteration")
+    pairs = [(f"{GIPO}, K = {k}", f"{GIPO}, K = 1") for k in LARGE[1:]]
+    cells = {}
+    for (ours, fresh), x in ((pair, x) for pair in pairs for x in sorted(set(table.x))):
+        for task, part in all_and_each(table[table.x == x]).items():
+            pair = part[part.line == ours], part[part.line == fresh]
+            cells.setdefault(f"{ours} minus K = 1, {x} epochs", {})[task] = bold_difference(*pair)
+    return texts | {"updates-differences": markdown(pd.DataFrame(cells).T)}
+
+
+def ablation() -> Texts:
+    table, returns = on_one_scale("ablation", "buffer_epochs")
+    forest({f"K = {k}": own for k, own in table.groupby("x")}, FIGURES / "ablation.png", SCORE)
+    texts = {"ablation": score_table(table), "ablation-differences": difference_table(table)}
+    return texts | {"ablation-details": detail_table(returns)}
+
+
+def lag() -> Texts:
+    return dial("lag", "policy_lag", "policy lag L, iterations", "eval_return")
+
+
+def freeze() -> Texts:
+    table, returns = on_one_scale("freeze", "buffer_epochs", "eval_return")
+    panels = {short(env_id): own.assign(end=STEPS / 1000) for env_id, own in table.groupby("env_id", sort=False)}
+    over_time(panels, FIGURES / "freeze.png", "thousand steps", SCORE, sharey=True, mark=FREEZE_AT / 1000)
+    texts = {"freeze": score_table(table), "freeze-differences": difference_table(table)}
+    return texts | {"freeze-details": detail_table(returns)}
+
+
+def peers() -> Texts:
+    """The choices at K = 1 next to Stable-Baselines3, by data and by time."""
+    own = grid(chosen(("gipo", "clip")), FIVE, tuning.TASKS, sizes(1))
+    table = scored(whole(measure([*own, *EXPERIMENTS["peers"]()]), ["line"], "peers"), scale(fresh_clip(), "staleness"))
+    path = runner.ROWS / "peer-times.csv"
+    if not path.exists():
+        raise Missing("the times of a step are not known; run ./benchmark.sh peers-time first.")
+    times = pd.read_csv(path, index_col="method").ratio
+    by_time = table.assign(end=table.method.map(times))
+    panels = {"by data, in runs": table.assign(end=1.0), "by time of a core, in runs of GIPO": by_time}
+    over_time(panels, FIGURES / "peers.png", "", SCORE, sharey=True)
+    table["x"] = "score"
+    each = table.assign(x=table.env_id.map(short))
+    cells = score_table(pd.concat([table, each]))
+    return {"peers": cells, "peers-differences": difference_table(table)}
+
+
+# ------------------------------------------------- Experiments by task -----------------------------------------------
+def of_each_task(experiment: str, column: str = "final_return", dial: dict[str, str] | None = None) -> pd.DataFrame:
+    """The runs that have a row; `x` is the task, with the value of a flag behind it if `dial` names the flag."""
+    table = measure(EXPERIMENTS[experiment](), column).dropna(subset="value")
+    if table.empty:
+        raise Missing("no run has a row yet.")
+    measurements.name_different_code(table, experiment)
+    x = table.env_id.map(short)
+    for flag, label in (dial or {}).items():
+        x += f", {label} " + table[flag].astype(int).astype(str)
+    return table.assign(x=x, end=1.0)
+
+
+def draw_each_task(table: pd.DataFrame, path: Path):
+    panels = {x: own for x, own in table.groupby("x", sort=False)}
+    over_time(panels, path, "share of the training", "return")
+
+
+def by_task(experiment: str, column: str = "final_return", digits: int = 0, dial: dict | None = None) -> Texts:
+    """Figure of returns, and tables of a column next to random actions."""
+    table = of_each_task(experiment, column, dial)
+    draw_each_task(table, FIGURES / f"{experiment}.png")
+    cells, random = in_cells(table, lambda own: number(iqm_interval(values(own)), digits)), random_actions(column)
+    tasks = table.groupby("x").env_id.first()
+    cells.loc["random actions"] = tasks.map(random).dropna().map(f"{{:.{digits}f}}".format)
+    gipo = table.line[table.method == "gipo"]
+    differences = difference_table(table, gipo.iloc[0], digits) if len(gipo) else ""
+    return {experiment: markdown(cells), f"{experiment}-differences": differences}
+
+
+def million() -> Texts:
+    return by_task("million")
+
+
+def metaworld() -> Texts:
+    return by_task("metaworld", "final_success", 2)
+
+
+def minigrid() -> Texts:
+    return by_task("minigrid", digits=2, dial={"buffer_epochs": "K ="})
+
+
+def pong() -> Texts:
+    return by_task("pong", digits=1)
+
+
+def rllib() -> Texts:
+    return by_task("rllib", dial={"buffer_reuse": "reuse"})
+
+
+def llm() -> Texts:
+    """Reward by the size K of the buffer and the policy lag L."""
+    table = measure(EXPERIMENTS["llm"]()).assign(env_id="sorting")
+    table = whole(table, ["line", "buffer_epochs", "policy_lag"], "llm")
+    panels = {
+        "generations K in the replay buffer": table[table.policy_lag == 0].assign(x=table.buffer_epochs),
+        "policy lag L, generations": table[table.buffer_epochs == 1].assign(x=table.policy_lag),
+    }
+    against(panels, FIGURES / "llm.png", "", "reward at the end of training")
+    table["x"] = "K = " + table.buffer_epochs.astype(str) + ", L = " + table.policy_lag.astype(str)
+    return {"llm": score_table(table, 3), "llm-differences": difference_table(table, f"{GIPO} with KL", 3)}
+
+
+# -------------------------------------------------------- Tuning -----------------------------------------------------
+def tune() -> Texts:
+    """The choice of each method for both K and for each, with its score; and all settings of round two."""
+    table = tuning.results().assign(x=lambda own: "K = " + own.buffer_epochs.astype(str))
+    cells, details = {}, []
+    for method in tuning.METHODS:
+        own = table[table.method == method]
+        places = {"K = 1 and 8": own} | {f"K = {k}": own[own.buffer_epochs == k] for k in tuning.SIZES}
+        for place, known in places.items():
+            best = tuning.ranking(known)
+            flags = next(flags for flags in tuning.settings(method) if tuning.words(flags) == best.index[0])
+            edge = ", at an edge" if tuning.at_an_edge(method, flags) else ""
+            cells.setdefault(place, {})[name(method)] = f"`{best.index[0]}` ({best.iloc[0]:.2f}{edge})"
+        second = own[own.line.isin(tuning.ranking(own).index)]
+        scores = second.pivot_table("value", "line", "x").assign(both=second.groupby("line").value.mean())
+        details.append(scores.set_index(name(method) + " `" + scores.index + "`").sort_values("both", ascending=False))
+    return {"tune": markdown(pd.DataFrame(cells)), "tune-details": markdown(pd.concat(details).map("{:.2f}".format))}
+
+
+def provenance() -> Texts:
+    """Which tasks, seeds and steps each experiment has, and how many of its runs have a row."""
+    lines = {}
+    for experiment, plan in EXPERIMENTS.items():
+        try:
+            table = measure(plan())
+        except Missing:
+            continue
+        seeds = sorted(table.seed.dropna().astype(int).unique()) if "seed" in table else []
+        tasks = ", ".join(map(short, table.env_id.unique())) if "env_id" in table else ""
+        rows = f"{table.revision.notna().sum()} of {len(table)}"
+        lines[experiment] = {"tasks": tasks, "seeds": " ".join(map(str, seeds)), "runs with a row": rows}
+    return {"provenance": markdown(pd.DataFrame(lines).T)}
+
+
+SECTIONS = (tune, staleness, updates, million, ablation, lag, freeze, metaworld, minigrid, pong, peers, rllib, llm)
+
+
+def main() -> int:
+    """Make what has rows. Returns 2 if rows are missing that a section needs, or if no page has a marker."""
+    matplotlib.use("Agg")
+    code, texts = 0, {}
+    for section in SECTIONS:
+        try:
+            if (runner.ROWS / f"{section.__name__}.csv").exists():
+                texts |= section()
+        except Missing as error:
+            print(f"error: {section.__name__}: {error}", file=sys.stderr)
+            code = 2
+    texts |= provenance() if texts else {}
+    lost = [marker for marker, text in texts.items() if text and not fill(marker, text)]
+    if lost:
+        print(f"error: no page has the markers of {', '.join(lost)}; see `fill`.", file=sys.stderr)
+    return 2 if lost else code
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))

@@ -1,0 +1,226 @@
+"""The plans: what tuning chooses, which seeds a run has, and that its script takes the command."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import synthetic
+import tyro
+from harness import ROOT
+
+from benchmark import experiments, runner, tuning
+from benchmark.experiments import EXPERIMENTS
+from benchmark.runner import Missing
+
+ZERO = {"HalfCheetah-v5": -300.0, "Hopper-v5": 20.0, "Walker2d-v5": 0.0}
+UNIT = {"HalfCheetah-v5": 4000.0, "Hopper-v5": 500.0, "Walker2d-v5": 300.0}
+BEST = {"learning_rate": 1e-3, "ratio": "dimension", "sigma": 0.5, "kl_coef": 0.1, "kl_to": "current"}
+ELSEWHERE = ("peers", "rllib", "rllib-tune", "llm")  # in environments of their own
+
+
+@pytest.fixture(autouse=True)
+def rows(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "ROWS", tmp_path / "rows")
+    synthetic.write_random(ZERO | {"CartPole-v1": 20, "Pendulum-v1": -1200})
+
+
+def tuned_rows(score):
+    """Rows of both rounds, with the returns of score(run)."""
+    for _ in range(2):
+        rows = [synthetic.row(one, at(one, score(one))) for one in tuning.plan()]
+        synthetic.write("tune", rows)
+
+
+def at(run, score):
+    env_id = run.flags["env_id"]
+    return ZERO[env_id] + UNIT[env_id] * score
+
+
+def fits(run, **flags):
+    return flags.items() <= run.flags.items()
+
+
+def test_the_grid_has_one_shape():
+    assert {len(tuning.settings(method)) for method in tuning.METHODS} == {36}
+    for method in tuning.METHODS:
+        found = tuning.settings(method)
+        assert len({tuning.words(flags) for flags in found}) == 36
+        assert Counter(flags["ratio"] for flags in found) == {"action": 18, "dimension": 18}
+        assert Counter((flags["kl_coef"], flags.get("kl_to")) for flags in found) == {
+            (0, None): 6, (0.03, "current"): 6, (0.1, "current"): 6, (0.3, "current"): 6,
+            (0.03, "behaviour"): 6, (0.1, "behaviour"): 6,
+        }  # fmt: skip
+    assert tuning.gate(0.5) == {"sapo_tau": 2.828, "sapo_tau_neg": 2.97}
+    assert len(tuning.round_one()) == 6 * 36 * 6
+
+
+def test_tuning_chooses_one_setting_for_both_sizes_and_the_best_for_each():
+    def score(run):
+        if run.method != "gipo":
+            return 0.3
+        if fits(run, **BEST):
+            return 0.8
+        if fits(run, **BEST | {"sigma": 1.0}):  # good for K = 8 alone
+            return 0.9 if run.flags["buffer_epochs"] == 8 else 0.4
+        # one setting shines in a single task, whose numbers are the largest
+        return 0.9 if fits(run, ratio="action", sigma=2.0) and run.flags["env_id"] == "HalfCheetah-v5" else 0.2
+
+    with pytest.raises(Missing, match="1296 runs of tune are missing"):
+        tuning.choice("gipo")
+    tuned_rows(score)
+    assert len(tuning.plan()) == 1296 + 6 * 9 * 2 * 6
+    assert tuning.choice("gipo") == tuning.choice("gipo", 1) == BEST
+    assert tuning.choice("gipo", 8) == BEST | {"sigma": 1.0}
+    assert tuning.choice("gipo", ratio="action")["sigma"] == 2.0
+
+
+def test_round_two_has_the_best_quarter_and_diverged_runs_are_random_actions():
+    lucky, steady = BEST | {"sigma": 0.3}, BEST
+
+    def score(run):
+        if run.method == "gipo" and fits(run, **lucky):
+            return 0.9 if run.flags["seed"] == 1001 else 0.1
+        return 0.6 if run.method == "gipo" and fits(run, **steady) else 0.3
+
+    tuned_rows(score)
+    second = [one for one in tuning.plan() if one.flags["seed"] != 1001]
+    assert Counter(one.method for one in second) == dict.fromkeys(tuning.METHODS, 9 * 2 * 6)
+    assert {one.flags["seed"] for one in second} == {1002, 1003}
+    assert tuning.choice("gipo") == steady
+    rows = [synthetic.row(one, at(one, score(one))) for one in tuning.plan()]
+    for row, one in zip(rows, tuning.plan()):
+        if one.method == "gipo" and fits(one, **steady) and one.flags["seed"] != 1001:
+            row |= {"final_return": "", "diverged": 1}
+    synthetic.write("tune", rows)
+    assert tuning.choice("gipo") != steady
+
+
+def test_an_edge():
+    assert not tuning.at_an_edge("gipo", BEST)
+    assert tuning.at_an_edge("gipo", BEST | {"sigma": 0.3}) and not tuning.at_an_edge("gipo", BEST | {"kl_coef": 0.03})
+    assert tuning.at_an_edge("gipo", BEST | {"kl_coef": 0.3})
+    plain = {"learning_rate": 1e-3, "ratio": "action", "kl_coef": 0.0}
+    assert not tuning.at_an_edge("plain_is", plain) and tuning.at_an_edge("plain_is", plain | {"learning_rate": 2e-3})
+
+
+@pytest.fixture
+def untuned(monkeypatch):
+    """As if the first setting of each method with a KL term were the best, K = 8 the best size, all rates alike."""
+
+    def choice(method, k=None, **same):
+        return next(x for x in tuning.settings(method) if x["kl_coef"] and same.items() <= x.items())
+
+    monkeypatch.setattr(tuning, "choice", choice)
+    monkeypatch.setattr(experiments, "best_size", lambda method: 8)
+    synthetic.write("rllib-tune", [synthetic.row(one, 1.0) for one in experiments.rllib_tune()])
+
+
+def test_tuning_and_reporting_share_no_seed(untuned):
+    tuned = {one.flags["seed"] for name in ("tune", "rllib-tune") for one in EXPERIMENTS[name]()} | set(tuning.SEEDS)
+    plans = {name: list(EXPERIMENTS[name]()) for name in EXPERIMENTS if name not in ("tune", "rllib-tune")}
+    everything = [one for plan in plans.values() for one in plan]
+    assert not tuned & {one.flags.get("seed", 1) for one in everything}
+    tasks = {one.flags["env_id"] for one in everything if "env_id" in one.flags}
+    assert tasks == set(experiments.REPORTED)  # whose random actions are known
+    # seeds of each line, dial and task
+    seeds = Counter((one.line, one.flags["buffer_epochs"], one.flags["env_id"]) for one in plans["staleness"])
+    assert set(seeds.values()) == {10} and len(seeds) == 3 * 6 * 3 + 2 * 6 * 3
+    assert len({one.command for one in plans["updates"]}) == 3 * 3 * 5 * 9
+    shared = {one.command for one in plans["updates"]} & {one.command for one in plans["staleness"]}
+    assert len(shared) == 3 * 3 * 5 * 3  # those with the default number of epochs
+    assert all(one.flags["eval_episodes"] == 20 for name in ("lag", "freeze") for one in plans[name])
+    bare = {one.command for one in plans["million"] if len(one.flags) == 1}
+    assert "python gipo_continuous.py --env-id Ant-v5" in bare and len(bare) == 4
+
+
+def test_ablation_changes_one_thing_at_a_time(untuned):
+    own = tuning.choice("gipo")
+    changed = {one.line: set(one.flags.items()) ^ set((own | {"total_timesteps": 150_000}).items())
+               for one in EXPERIMENTS["ablation"]()}  # fmt: skip
+    names = {line: {name for name, _ in pairs} - {"env_id", "seed", "buffer_epochs", "eval_episodes"}
+             for line, pairs in changed.items()}  # fmt: skip
+    assert names.pop("GIPO") == names.pop("weight only where r > 1") == set()
+    assert names.pop("ratio per dimension") == {"ratio"} and names.pop("no KL") == {"kl_coef", "kl_to"}
+    assert names.pop("without V-trace") == {"advantage_source"}
+    assert all(found <= {"kl_coef", "kl_to"} for line, found in names.items() if line.startswith("KL"))
+    assert sum(line.startswith("KL") for line in names) == 4
+    assert {line for line in names if line.startswith("sigma")} == {"sigma 0.25", "sigma 1"}
+
+
+def test_the_best_size_is_that_of_the_scores(monkeypatch):
+    monkeypatch.setattr(tuning, "choice", lambda method, k=None: tuning.settings(method)[0])
+    by_size = {1: 0.5, 8: 0.9, 32: 0.6}
+    rows = [synthetic.row(one, at(one, by_size[one.flags["buffer_epochs"]])) for one in experiments.staleness()]
+    synthetic.write("staleness", rows)
+    assert experiments.best_size("gipo") == 8
+    synthetic.write("staleness", [row for row in rows if row["seed"] != 11])
+    with pytest.raises(Missing, match="staleness first"):
+        experiments.best_size("gipo")
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ELSEWHERE])
+def test_every_command_is_one_that_its_script_takes(name, untuned):
+    kinds = {(one.script, *one.flags): one for one in EXPERIMENTS[name]()}
+    for one in kinds.values():
+        script, *words = one.script.split()
+        if script == "benchmark/sb3_agent.py":
+            continue
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        domain = module.Variant if script.startswith("benchmark") else module.Domain
+        args = tyro.cli(domain, args=[*words, *one.arguments])
+        for flag, value in one.flags.items():
+            assert getattr(args, flag) == value, one.command
+
+
+def test_every_run_has_a_folder_of_its_own(untuned):
+    plan = {one.command: one for plan in EXPERIMENTS.values() for one in plan()}
+    names = {one.folder.name for one in plan.values()}
+    assert len(names) == len(plan) and max(len(name.encode()) for name in names) <= 255  # the longest that systems take
+
+
+def test_quick_takes_the_defaults_and_needs_no_tuning():
+    flags = {flag for one in EXPERIMENTS["quick"]() for flag in one.flags}
+    assert flags == {"env_id", "seed", "buffer_epochs", "total_timesteps", "eval_episodes"}
+
+
+def test_a_plan_is_printed_and_what_is_missing_is_said(untuned, capsys):
+    assert experiments.main(experiments.Args("lag", dry_run=True)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4 * 3 * 5 * 3 and printed[0].startswith("python gipo_continuous.py --env-id")
+    assert experiments.main(experiments.Args("lag", dry_run=True, only="--policy-lag 8")) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4 * 5 * 3
+    assert experiments.main(experiments.Args("lag", only="nothing")) == 2
+    assert "--only nothing" in capsys.readouterr().err
+
+
+def test_what_lacks_its_ground_is_one_sentence(capsys):
+    for name in ("staleness", "rllib"):
+        assert experiments.main(experiments.Args(name, dry_run=True)) == 2
+        assert "tune first." in capsys.readouterr().err
+
+
+def test_tune_goes_on_with_round_two(monkeypatch):
+    done = []
+
+    def run_all(experiment, runs, workers):
+        done.append(len(runs))
+        synthetic.write(experiment, [synthetic.row(one, at(one, 0.5)) for one in tuning.plan()])
+        return 0
+
+    monkeypatch.setattr(experiments, "run_all", run_all)
+    assert experiments.main(experiments.Args("tune")) == 0
+    assert done == [1296, 648]
+    monkeypatch.setattr(experiments, "unfinished", lambda plan: plan)
+    monkeypatch.setattr(experiments, "run_all", lambda *_: 1)
+    assert experiments.main(experiments.Args("tune")) == 1  # and does not try forever
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough():
+    command = f"{sys.executable} -m benchmark.experiments quick --dry-run | head -1"
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.startswith("python gipo_continuous.py") and result.stderr == ""

@@ -1,0 +1,279 @@
+"""Figures, tables and verdicts follow from the rows alone, and from each of them."""
+
+import re
+import shutil
+import zlib
+
+import numpy as np
+import pytest
+import synthetic
+from harness import ROOT
+
+from benchmark import experiments, intervals, measurements, pages, quick, runner, tuning
+from benchmark.experiments import EXPERIMENTS
+from benchmark.methods import run
+
+TASKS = {"HalfCheetah-v5": (-300.0, 1000.0), "Hopper-v5": (20.0, 500.0), "Walker2d-v5": (0.0, 300.0)}
+SCORES = {("clip", 1): 1.0, ("clip", 8): 0.3, ("clip", 32): 0.1, ("sapo", 1): 0.8, ("sapo", 8): 0.7, ("sapo", 32): 0.5}
+NUMBER = r"-?\d\.\d\d"
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "ROWS", tmp_path / "rows")
+    monkeypatch.setattr(pages, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(pages, "PAGES", [tmp_path / "page.md"])
+    monkeypatch.setattr(intervals, "RESAMPLES", 200)
+    monkeypatch.setattr(tuning, "choice", lambda method, k=None, **same: tuning.settings(method)[1])
+    monkeypatch.setattr(experiments, "TEN", (11, 31, 51))
+    (tmp_path / "page.md").write_text("".join(f"before\n{between(name)}after\n" for name in marked("staleness")))
+    return tmp_path
+
+
+def between(name):
+    return f"<!-- {name} -->\nold\n<!-- end of {name} -->\n"
+
+
+def marked(*names):
+    ends = ("", "-differences", "-details", "-best", "-best-differences")
+    return [name + end for name in names for end in ends] + ["headline", "headline-verdict", "provenance"]
+
+
+def score(one):
+    return SCORES.get((one.method, one.flags["buffer_epochs"]), 0.9)
+
+
+@pytest.fixture
+def results(folder, monkeypatch):
+    """Rows of staleness with three methods and three seeds."""
+    monkeypatch.setattr(experiments, "METHODS", ("gipo", "clip", "sapo"))
+    rng = np.random.default_rng(1)
+    rows = []
+    for one in {one.command: one for one in experiments.staleness()}.values():
+        zero, top = TASKS[one.flags["env_id"]]
+        noise = 0 if (one.method, one.flags["buffer_epochs"]) == ("clip", 1) else rng.normal(0, 0.02)
+        rows.append(synthetic.row(one, zero + (score(one) + noise) * (top - zero)))
+    synthetic.write("staleness", rows)
+    synthetic.write_random({env_id: zero for env_id, (zero, _) in TASKS.items()})
+    return rows
+
+
+def made(folder) -> tuple[bytes, str]:
+    assert pages.main() == 0
+    return (folder / "figures" / "staleness.png").read_bytes(), (folder / "page.md").read_text()
+
+
+def text(page: str, name: str) -> str:
+    return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end of", page, re.DOTALL)[1]
+
+
+def cells(table: str, line: str) -> list[str]:
+    """The cells of a line of a table."""
+    found = {row.strip("| ").split("|")[0].strip(): row for row in table.splitlines()}
+    return [cell.strip() for cell in found[line].strip("|").split("|")[1:]]
+
+
+def middles(table: str, line: str) -> list[float]:
+    return [float(cell.strip("*").split()[0]) for cell in cells(table, line)[:-1]]
+
+
+def test_tables_of_staleness(results, folder):
+    _, page = made(folder)
+    table = text(page, "staleness")
+    for line, expected in {"GIPO": [0.9] * 3, "PPO-clip": [1, 0.3, 0.1], "SAPO": [0.8, 0.7, 0.5]}.items():
+        np.testing.assert_allclose(middles(table, line), expected, atol=0.04)
+        assert cells(table, line)[-1] == "3"
+        assert all(re.fullmatch(rf"{NUMBER} \({NUMBER} to {NUMBER}\)", cell) for cell in cells(table, line)[:-1])
+    differences = text(page, "staleness-differences")
+    np.testing.assert_allclose(middles(differences, "GIPO minus PPO-clip"), [-0.1, 0.6, 0.8], atol=0.04)
+    assert all(cell.startswith("**") for cell in cells(differences, "GIPO minus PPO-clip")[:-1])
+    assert "Hopper" in text(page, "staleness-details").splitlines()[0]
+    assert cells(text(page, "staleness-details"), "GIPO, 8")[3:] == ["0.5"] * 5 + ["0"]
+    assert len(text(page, "staleness-best").splitlines()) == 2 + 4
+    headline = text(page, "headline")
+    assert [row.split("|")[1].strip() for row in headline.splitlines()[2:]] == [
+        "all tasks", "HalfCheetah", "Hopper", "Walker2d",
+    ]  # fmt: skip
+    columns = [cell.strip() for cell in headline.splitlines()[0].strip("|").split("|")[1:]]
+    assert columns == [f"GIPO minus {rival}, K = {k}" for k in (1, 8, 32) for rival in ("PPO-clip", "SAPO")] + ["n"]
+    np.testing.assert_allclose(middles(headline, "Hopper"), [-0.1, 0.1, 0.6, 0.2, 0.8, 0.4], atol=0.06)
+    said = re.sub(r"\(.*?\)", "()", text(page, "headline-verdict")).split(". ")
+    assert said[0] == "K = 1: PPO-clip beats GIPO ()" and said[3] == "K = 8: GIPO beats SAPO ()"
+    assert page.startswith("before\n") and page.endswith("after\n")
+
+
+@pytest.mark.slow
+def test_the_same_rows_make_the_same_bytes_and_fewer_make_others(results, folder, capsys):
+    first = made(folder)
+    synthetic.write("staleness", results[::-1])
+    assert made(folder) == first
+    assert "left out" not in capsys.readouterr().err
+    synthetic.write("staleness", results[:-4])
+    synthetic.write("other", results[-4:])  # a row of another experiment counts
+    assert made(folder) == first
+    (runner.ROWS / "other.csv").unlink()
+    figure, page = made(folder)
+    assert figure != first[0] and page != first[1]
+    assert "left out, because 1 of its runs are missing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_that_diverged_counts_as_random_actions(results, folder, capsys):
+    (row,) = [row for row in results if "gipo_con" in row["command"] and row["seed"] == 11 and
+              row["env_id"] == "Hopper-v5" and "epochs 32" in row["command"]]  # fmt: skip
+    row |= {"final_return": "", "diverged": 1, "curve": ""} | dict.fromkeys(runner.DIAGNOSTICS, "")
+    synthetic.write("staleness", results)
+    _, page = made(folder)
+    assert cells(text(page, "staleness-details"), "GIPO, 32")[-1] == "1"
+    plan = [one for one in experiments.staleness() if one.command == row["command"]]
+    table = measurements.measure(plan[:1])
+    assert table.value[0] == 20 and (table.curve[0] == 20).all() and len(table.curve[0]) == runner.CURVE_POINTS
+    synthetic.write_random({"HalfCheetah-v5": -300.0, "Walker2d-v5": 0.0})
+    assert pages.main() == 2
+    assert "Hopper-v5 has no row of random actions" in capsys.readouterr().err
+
+
+def test_what_lacks_its_ground_is_an_error(results, folder, capsys):
+    before = (folder / "page.md").read_text()
+    (runner.ROWS / "random.csv").unlink()
+    assert pages.main() == 2
+    assert "run ./benchmark.sh random" in capsys.readouterr().err
+    assert (folder / "page.md").read_text() == before
+
+
+def test_pages_without_rows_stay_as_they_are(folder):
+    before = (folder / "page.md").read_text()
+    synthetic.write_random({"Hopper-v5": 7.0})
+    assert pages.main() == 0
+    assert (folder / "page.md").read_text() == before and not (folder / "figures").exists()
+
+
+@pytest.mark.slow
+def test_a_page_without_the_marker_is_noticed(results, folder, capsys):
+    (folder / "page.md").write_text("nothing here")
+    assert pages.main() == 2 and "staleness-details" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_rows_of_different_code_are_named(results, folder, capsys):
+    made(folder)
+    assert "different or uncommitted code" not in capsys.readouterr().err
+    results[0]["revision"] = "abd"
+    synthetic.write("staleness", results)
+    made(folder)
+    assert "rows of gipo_continuous.py have different or uncommitted code" in capsys.readouterr().err
+
+
+@pytest.fixture
+def everything(folder, monkeypatch):
+    """Rows of every experiment: GIPO is good, PPO-clip is less so, the others still less."""
+    monkeypatch.undo()
+    monkeypatch.setattr(runner, "ROWS", folder / "rows")
+    monkeypatch.setattr(pages, "FIGURES", folder / "figures")
+    monkeypatch.setattr(pages, "PAGES", [folder / "page.md"])
+    monkeypatch.setattr(intervals, "RESAMPLES", 100)
+    synthetic.write_random(dict.fromkeys(experiments.REPORTED, 7.0))
+
+    def final(one):
+        noise = zlib.crc32(one.command.encode()) / 2**32  # of a run, whenever it is asked for
+        return {"gipo": 120, "clip": 100}.get(one.method, 90) + noise
+
+    def write(name):
+        plan = {one.command: one for one in EXPERIMENTS[name]()}.values()
+        synthetic.write(name, [synthetic.row(one, final(one), final_success=final(one) / 200) for one in plan])
+
+    for name in ("tune", "tune", "staleness", "rllib-tune", *EXPERIMENTS):  # those that others build on come first
+        write(name)
+    (runner.ROWS / "peer-times.csv").write_text("method,ratio\ngipo,1\nclip,1\nsb3-ppo,3\nsb3-sac,60\n")
+    names = marked(*(section.__name__ for section in pages.SECTIONS))
+    (folder / "page.md").write_text("".join(map(between, names)))
+    return folder
+
+
+@pytest.mark.slow
+def test_every_experiment_has_a_figure_and_tables(everything, capsys):
+    assert pages.main() == 0
+    assert "left out" not in (printed := capsys.readouterr().err) and "error" not in printed
+    page = (everything / "page.md").read_text()
+    found = {name: text(page, name) for name in re.findall(r"<!-- end of (.*?) -->", page)}
+    for section in pages.SECTIONS:
+        name = section.__name__
+        assert name == "tune" or (everything / "figures" / f"{name}.png").stat().st_size > 5000, name
+        for end in ("", "-details") if name == "tune" else ("", "-differences"):
+            lines = found[name + end].splitlines()
+            assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1, name + end
+            assert not re.search(r"\bnan\b|None", found[name + end]), name + end
+    assert {path.stem for path in (everything / "figures").iterdir()} == {
+        section.__name__ for section in pages.SECTIONS
+    } - {"tune"}
+    assert len(found["tune"].splitlines()) == 2 + 6 and len(found["tune-details"].splitlines()) == 2 + 6 * 9
+    assert cells(found["tune"], "GIPO")[0].startswith("`--learning-rate 0.001 --ratio ")
+    assert len(found["updates"].splitlines()) == 2 + 9 and "GIPO, K = 8 minus K = 1, 40 epochs" in page
+    assert len(found["ablation"].splitlines()) == 2 + 10 + 1
+    assert len(found["million"].splitlines()) == 2 + 7 + 1  # six lines of methods, no flags, random actions
+    assert cells(found["million"], "GIPO, no flags")[-1] == "1"
+    assert found["metaworld"].count("ratio per dimension") == 2 and cells(found["metaworld"], "random actions")[0]
+    assert cells(found["pong"], "GIPO")[0].startswith("120.") and cells(found["pong"], "random actions")[0] == "7.0"
+    assert "CartPole, reuse 8" in found["rllib"] and "K = 32, L = 0" in found["llm"]
+    assert cells(found["peers"], "SAC of Stable-Baselines3")[-1] == "5"
+    assert cells(found["provenance"], "million")[-1].startswith("124 of 124")
+
+
+def test_one_run_of_a_cell_is_shown(folder, monkeypatch):
+    """Breadth is shown with the runs that are there."""
+    (folder / "page.md").write_text("".join(map(between, marked("pong"))))
+    one, *_ = experiments.pong()
+    synthetic.write("pong", [synthetic.row(one, 3.0)])
+    synthetic.write_random({"ALE/Pong-v5": -20.0})
+    assert pages.main() == 0
+    assert cells(text((folder / "page.md").read_text(), "pong"), "GIPO") == ["3.0", "1"]
+
+
+def table_of(*lines):
+    """Measurements of (line, values) in one task."""
+    plan, rows = [], []
+    for line, values in lines:
+        for seed, value in enumerate(values):
+            plan.append(run("gipo", "Hopper-v5", seed, line, tag=line))
+            rows.append(synthetic.row(plan[-1], value))
+    synthetic.write("any", rows)
+    found = measurements.measure(plan)
+    return [found[found.line == line] for line, _ in lines]
+
+
+def test_verdicts():
+    ours, theirs, one = table_of(("A", [1.0, 1.1, 1.2]), ("B", [0.0, 0.1, 0.2]), ("C", [1.15]))
+    for pair in ((ours, theirs), (theirs, ours)):
+        found = pages.verdict(*pair, "Here")
+        shown = r"Here: A beats B \(1.10 against 0.10, difference (0.8\d|0.9\d) to 1.1\d, n = 3\)."
+        assert re.fullmatch(shown, found), found
+    assert pages.verdict(ours, ours, "Here").startswith("Here: no difference shows between A and A (1.10 against 1.10")
+    assert pages.verdict(ours, one, "Here").startswith("Here: no difference shows between C and A")
+    assert pages.verdict(ours, theirs.assign(env_id="x"), "Here") == pages.verdict(ours, theirs[:0], "Here") == ""
+
+
+def test_quick_ends_with_a_figure_and_a_verdict_unless_a_run_failed(folder, monkeypatch, capsys):
+    """From nothing but random actions, which a clone has."""
+    monkeypatch.setattr(runner, "WORK", folder)
+    failed = [1]
+
+    def run_all(experiment, plan, workers):
+        rng = np.random.default_rng(4)
+        if not failed[0]:
+            rows = [synthetic.row(one, (one.method == "gipo") * 100 + rng.normal()) for one in plan]
+            synthetic.write("quick", rows)
+        return failed[0]
+
+    monkeypatch.setattr(experiments, "run_all", run_all)
+    assert quick.main() == 1
+    assert "GIPO" not in capsys.readouterr().out and not (folder / "quick.png").exists()
+    failed[0] = 0
+    assert quick.main() == 0
+    out = capsys.readouterr().out
+    assert out.count("GIPO beats PPO-clip (") == 4 and "Hopper, K = 1: GIPO" in out and "Empty-5x5, K = 8: GIPO" in out
+    assert (folder / "quick.png").exists()
+
+
+def test_the_random_actions_of_a_clone_are_complete(folder):
+    shutil.copytree(ROOT / "benchmark" / "rows", runner.ROWS)
+    assert set(measurements.random_actions().index) >= set(experiments.REPORTED)
