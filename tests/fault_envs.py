@@ -69,8 +69,8 @@ def mission(word):
     return lambda env, obs: obs | {"mission": f"go to the {word if env.episodes > 5 else 'door'}"}
 
 
-def frame(env, size=64, channels=3):
-    return np.full((size, size, channels), 30 * env.time, np.uint8)
+def frame(env, channels=3):
+    return np.full((64, 64, channels), 30 * env.time, np.uint8)
 
 
 TRAITS = {
@@ -102,7 +102,6 @@ PICTURES = {
     "Alpha": {"draw": lambda env: frame(env, channels=4)},
     "Bright": {"draw": lambda env: np.ones((64, 64, 3))},
     "DrawnAtFirst": {"draw": lambda env: frame(env) if env.time < 2 else 1 / 0},
-    "Resized": {"draw": lambda env: frame(env, 64 if env.time < 2 else 80)},
 }
 
 
