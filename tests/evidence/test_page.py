@@ -114,8 +114,11 @@ def gradient(start, logprobs, actions, mu, advantages, method, **flags):
     )
     args = variants.Variant(method=method, kl_to="behaviour", norm_adv=False, max_grad_norm=math.inf, **flags)
     script, mu = gipo_continuous if method == "gipo" else ppo_baseline, mu.unsqueeze(1)
-    script.update(agent, torch.optim.SGD([parameter]), None, actions, mu, mu, advantages, zeros, args)
-    return parameter.grad.numpy()
+    optimizer = torch.optim.SGD([parameter])
+    found = []
+    optimizer.register_step_pre_hook(lambda *_: found.append(parameter.grad.numpy().copy()))
+    script.update(agent, optimizer, None, actions, mu, mu, advantages, zeros, args)
+    return found[0]
 
 
 def coefficients(method, logratio, sign, **flags):
