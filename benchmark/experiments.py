@@ -20,7 +20,7 @@ from benchmark import tuning
 from benchmark.measurements import measure, scale, scored
 from benchmark.methods import CONTINUOUS, name, run
 from benchmark.runner import ROOT, Missing, Run, run_all, unfinished
-from benchmark.tuning import KL_TERMS, METHODS, SIZES, STEPS
+from benchmark.tuning import KL_TERMS, METHODS, SIZES
 
 PAIR, THREE_METHODS, FOUR_METHODS = METHODS[:2], METHODS[:3], METHODS[:4]
 PEERS, RLLIB, TRL = (ROOT / f".venv-{venv}" / "bin" / "python" for venv in ("peers", "rllib", "trl"))
@@ -36,6 +36,7 @@ REPORTED = (*WITH_ANT, *METAWORLD, FETCH, PONG, *CLASSIC, *QUICK)
 TEN = tuple(range(11, 200, 20))  # seeds
 FIVE, THREE = TEN[:5], TEN[:3]
 LARGE = (1, 8, 32)  # sizes K of the replay buffer
+STEPS = 150_000
 FREEZE_AT = 24 * 2048  # so that 24 rollouts of 2048 steps hold all that was collected before
 MILLION = 1_000_000
 EVALUATED = {"eval_episodes": 20}  # measures the policy that learns, which is not always the one that acts

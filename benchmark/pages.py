@@ -300,8 +300,7 @@ def tune() -> Texts:
             flags = next(flags for flags in tuning.settings(method) if tuning.words(flags) == best.index[0])
             edge = ", at an edge" if tuning.at_an_edge(method, flags) else ""
             cells.setdefault(place, {})[name(method)] = f"`{best.index[0]}` ({best.iloc[0]:.2f}{edge})"
-        second = own[own.line.isin(tuning.ranking(own).index)]
-        scores = second.pivot_table("value", "line", "x").assign(both=second.groupby("line").value.mean())
+        scores = own.pivot_table("value", "line", "x").assign(both=own.groupby("line").value.mean())
         details.append(scores.set_index(name(method) + " `" + scores.index + "`").sort_values("both", ascending=False))
     return {"tune": markdown(pd.DataFrame(cells)), "tune-details": markdown(pd.concat(details).map("{:.2f}".format))}
 

@@ -54,7 +54,7 @@ def test_the_grid_has_one_shape():
             (0.03, "behaviour"): 6, (0.1, "behaviour"): 6,
         }  # fmt: skip
     assert tuning.gate(0.5) == {"sapo_tau": 2.828, "sapo_tau_neg": 2.97}
-    assert len(tuning.round_one()) == 6 * 36 * 6
+    assert len(tuning.round_one()) == 6 * 12 * 3
 
 
 def test_tuning_chooses_one_setting_for_both_sizes_and_the_best_for_each():
@@ -68,17 +68,17 @@ def test_tuning_chooses_one_setting_for_both_sizes_and_the_best_for_each():
         # one setting shines in a single task, whose numbers are the largest
         return 0.9 if fits(run, ratio="action", sigma=2.0) and run.flags["env_id"] == "HalfCheetah-v5" else 0.2
 
-    with pytest.raises(Missing, match="1296 runs of tune are missing"):
+    with pytest.raises(Missing, match="216 runs of tune are missing"):
         tuning.choice("gipo")
     tuned_rows(score)
-    assert len(tuning.plan()) == 1296 + 6 * 9 * 2 * 6
+    assert len(tuning.plan()) == 216 + 6 * 9 * 6
     assert tuning.choice("gipo") == tuning.choice("gipo", 1) == BEST
     assert tuning.choice("gipo", 8) == BEST | {"sigma": 1.0}
     assert tuning.choice("gipo", ratio="action")["sigma"] == 2.0
 
 
-def test_round_two_has_the_best_quarter_and_diverged_runs_are_random_actions():
-    lucky, steady = BEST | {"sigma": 0.3}, BEST
+def test_round_two_has_the_best_quarter_and_alone_makes_the_choice():
+    lucky, steady = BEST | {"kl_coef": 0.3}, BEST
 
     def score(run):
         if run.method == "gipo" and fits(run, **lucky):
@@ -86,16 +86,26 @@ def test_round_two_has_the_best_quarter_and_diverged_runs_are_random_actions():
         return 0.6 if run.method == "gipo" and fits(run, **steady) else 0.3
 
     tuned_rows(score)
-    second = [one for one in tuning.plan() if one.flags["seed"] != 1001]
-    assert Counter(one.method for one in second) == dict.fromkeys(tuning.METHODS, 9 * 2 * 6)
-    assert {one.flags["seed"] for one in second} == {1002, 1003}
+    second = tuning.round_two()
+    assert Counter(one.method for one in second) == dict.fromkeys(tuning.METHODS, 9 * 6)
+    assert {one.flags["seed"] for one in second} == {1002}
+    assert {one.flags["buffer_epochs"] for one in second} == {1, 8}
+    widths = {one.flags["sigma"] for one in second if one.method == "gipo" and fits(one, ratio="dimension")}
+    assert widths == {0.3, 0.5, 1.0}
     assert tuning.choice("gipo") == steady
     rows = [synthetic.row(one, at(one, score(one))) for one in tuning.plan()]
     for row, one in zip(rows, tuning.plan()):
-        if one.method == "gipo" and fits(one, **steady) and one.flags["seed"] != 1001:
-            row |= {"final_return": "", "diverged": 1}
+        if one.method == "gipo" and fits(one, **steady) and one.flags["seed"] == 1002:
+            row |= {"final_return": "", "diverged": 1}  # counts as random actions
     synthetic.write("tune", rows)
     assert tuning.choice("gipo") != steady
+
+
+def test_a_unit_that_round_two_has_not_tried_is_chosen_by_round_one():
+    tuned_rows(lambda run: 0.8 if fits(run, ratio="dimension") else 0.2 + 0.3 * fits(run, kl_coef=0.03))
+    assert {one.flags["ratio"] for one in tuning.round_two()} == {"dimension"}
+    found = tuning.choice("gipo", ratio="action")
+    assert found["sigma"] == 1.0 and found["kl_coef"] == 0.03
 
 
 def test_an_edge():
@@ -212,7 +222,7 @@ def test_tune_goes_on_with_round_two(monkeypatch):
 
     monkeypatch.setattr(experiments, "run_all", run_all)
     assert experiments.main(experiments.Args("tune")) == 0
-    assert done == [1296, 648]
+    assert done == [216, 324]
     monkeypatch.setattr(experiments, "unfinished", lambda plan: plan)
     monkeypatch.setattr(experiments, "run_all", lambda *_: 1)
     assert experiments.main(experiments.Args("tune")) == 1  # and does not try forever
