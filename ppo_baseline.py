@@ -614,17 +614,23 @@ class ContinuousAgent(nn.Module):
         self.actor_logstd = nn.Parameter(torch.zeros(1, action_dim))
 
     def get_action_and_value(self, obs, action=None):
-        """Actions, their log-probabilities (B, 1) or (B, dimensions), entropies (B,) and values (B,)."""
+        """Actions, their log-probabilities (B, 1) or (B, dimensions), entropies (B,) and values (B,).
+
+        Values are None if actions are sampled: acting needs none, and it is faster without the critic.
+        """
         obs = (obs - self.obs_stats.mean.float()) / torch.sqrt(self.obs_stats.var.float() + 1e-8)
         obs = obs.clamp(-10, 10)
         action_mean = self.actor_mean(obs)
         probs = Normal(action_mean, self.actor_logstd.expand_as(action_mean).exp(), validate_args=False)
+        value = None
         if action is None:
             action = probs.sample()
+        else:
+            value = self.critic(obs).squeeze(-1)
         logprob = probs.log_prob(action)
         if self.ratio == "action":
             logprob = logprob.sum(-1, keepdim=True)
-        return action, logprob, probs.entropy().sum(-1), self.critic(obs).squeeze(-1)
+        return action, logprob, probs.entropy().sum(-1), value
 
     def scale_rewards(self, rewards):
         return (rewards / torch.sqrt(self.return_stats.var.float() + 1e-8)).clamp(-10, 10)

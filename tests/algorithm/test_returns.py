@@ -113,7 +113,7 @@ def test_value_of_an_endless_reward():
     rates = {"gamma": 0.9, "learning_rate": 1e-2}
     args = Continuous("probes:Endless-v0", 8192, num_steps=64, num_minibatches=2, eval_episodes=0, **rates)
     agent, _ = train(args)
-    value = agent.get_action_and_value(torch.zeros(1, 1))[3].item()
+    value = agent.get_action_and_value(torch.zeros(1, 1), torch.zeros(1, 1))[3].item()
     reward = agent.scale_rewards(torch.ones(1)).item()
     assert value / reward == pytest.approx(1 / (1 - 0.9), rel=0.01)
 
