@@ -2,74 +2,67 @@
 
     loss = -mean(w * r * A) + kl_coef * KL(mu || pi),  r = pi(token) / mu(token),  w = exp(-(log r)^2 / (2 sigma^2))
 
-mu is the policy that wrote the completion. Each token has its own ratio; A is the advantage of its completion within
-the group of its prompt. The KL term pulls pi back towards mu; it is estimated by mean(r - 1 - log r). No gradient flows
-through w. (Lu et al. 2026, arXiv:2603.03955)
+mu is the policy that wrote the completion, by the log-probabilities that the sampler reports. Each token has its own
+ratio; A is the advantage of its completion within the group of its prompt. The KL term pulls pi back towards mu; it is
+estimated by mean(r - 1 - log r). No gradient flows through w. (Lu et al. 2026, arXiv:2603.03955)
 
-    pip install -r requirements-trl.txt             # in its own virtual environment
-    python gipo_trl.py                              # a tiny model learns to sort digits; downloads nothing
-    python gipo_trl.py --buffer-epochs 8            # learn from the completions of the last 8 generations
-    python gipo_trl.py --model PATH_OR_ID --data FILE.jsonl --reward module:function --max-new-tokens 256
-    python gipo_trl.py --resume runs/RUN            # go on; or --evaluate runs/RUN
+    GIPOTrainer         for TRL's GRPOTrainer, which generates and learns in turn: this file
+    AsyncGIPOTrainer    for TRL's AsyncGRPOTrainer, where vLLM goes on writing while it learns: gipo_trl_async.py
+
+In your own script, use GIPOConfig and GIPOTrainer instead of GRPOConfig and GRPOTrainer. Import them from here, or copy
+the sections Loss and Trainer with their imports. The rest of the file is an example, which sorts digits:
+
+    pip install -r requirements-trl.txt                     # in its own virtual environment
+    python gipo_trl.py                                      # a tiny model, three minutes; downloads nothing
+    python gipo_trl.py --buffer_epochs 8                    # learn from the completions of the last 8 generations
+    python gipo_trl.py --model PATH_OR_ID --data FILE.jsonl --reward module:function --learning_rate 1e-6
+    python gipo_trl.py --resume_from_checkpoint RUN/checkpoint-400    # with the flags of that run
     tensorboard --logdir runs
-
-In your own script, use GIPOConfig and GIPOTrainer instead of GRPOConfig and GRPOTrainer. Import them from here,
-or copy the sections Loss and Trainer with their imports.
 """
 
 import contextlib
+import inspect
 import json
 import math
 import os
 import pkgutil
 import random
-import re
 import signal
 import sys
 import time
 import warnings
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report each run
 
 import torch
 import transformers
-import tyro
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch.utils.tensorboard import SummaryWriter
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 
 # -------------------------------------------------------- Loss --------------------------------------------------------
-def gipo_coefficient(logratio, advantages, args):
-    """The importance ratio times a Gaussian in its logarithm: the c of each token, whose gradient is -c A grad log pi.
+def gipo_coefficient(logratio, sigma):
+    """The importance ratio times a Gaussian of its logarithm: c in the gradient -c A grad log pi; of any shape.
 
-    logratio = log pi - log mu is (B, T), advantages are (B, 1). c is at most exp(sigma^2 / 2), so it cannot overflow.
+    logratio = log pi - log mu. c is at most exp(sigma^2 / 2), so it cannot overflow.
     """
-    z = torch.where(advantages > 0, logratio / args.sigma, logratio / (args.sigma_neg or args.sigma))
-    return torch.exp(logratio - 0.5 * z**2)
+    return torch.exp(logratio - 0.5 * (logratio / sigma) ** 2)
 
 
-def trl_coefficient(logratio, advantages, args):
-    """The same c for TRL's own token-level losses and its default options; only for the log."""
-    ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88)
-    positive = advantages > 0
-    if args.loss_type == "cispo":
-        return ratio.clamp(max=args.epsilon_high or args.epsilon)
-    if args.loss_type == "sapo":
-        tau = torch.where(positive, args.sapo_temperature_pos, args.sapo_temperature_neg)
-        return ratio / torch.cosh(0.5 * tau * (ratio - 1)) ** 2
-    # 0 where the clip cuts the gradient off
-    return ratio * torch.where(positive, ratio <= 1 + (args.epsilon_high or args.epsilon), ratio >= 1 - args.epsilon)
+def kl_estimate(logratio):
+    """r - 1 - log r of each token, whose mean over tokens of mu is KL(mu || pi). r - 1 lowers the variance."""
+    # the gradient takes exp(2) at most for r, because outliers would dominate
+    ratio = torch.exp(logratio - (logratio - 2).clamp(min=0).detach())
+    return ratio - 1 - logratio
 
 
 def diagnostics(logratio, coef):
     """Scalars: how far pi is from the policies that wrote the tokens (n,), and how many still have a gradient."""
-    ratio = logratio.clamp(max=20).exp()
+    ratio = logratio.clamp(max=20).exp()  # float32 ends at exp(88)
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # at most 1, so that its square cannot overflow
     return {
         "losses/kl": -logratio.mean(),
@@ -84,198 +77,175 @@ def diagnostics(logratio, coef):
 
 
 # ------------------------------------------------------ Trainer -------------------------------------------------------
+def check(config, **smallest):
+    """Raises ValueError if a number of the config is below its smallest value."""
+    for name, least in smallest.items():
+        value = getattr(config, name)
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} {value}: give {least:g} or more.")
+
+
 @dataclass
 class GIPOConfig(GRPOConfig):
-    """TRL's GRPOConfig with GIPO as its default loss, a replay buffer, a policy lag and a KL term for every loss."""
+    """TRL's GRPOConfig and GIPO's flags. Raises ValueError for what GIPO cannot do."""
 
-    loss_type: str = field(default="gipo", metadata={"help": "gipo, or one of TRL's own losses"})
-    sigma: float = field(default=0.5, metadata={"help": "width of the weight, in units of a token's log-ratio"})
-    sigma_neg: float | None = field(default=None, metadata={"help": "width where the advantage is not positive"})
-    kl_coef: float = field(default=0.1, metadata={"help": "weight of KL(mu || pi); beta pulls to a reference model"})
-    buffer_epochs: int = field(default=1, metadata={"help": "newest generations that the replay buffer keeps"})
-    policy_lag: int = field(default=0, metadata={"help": "generate with the policy from L generations ago"})
+    loss_type: str = field(default="gipo", metadata={"help": "gipo; GRPOTrainer has the other losses"})
+    sigma: float = field(
+        default=0.5, metadata={"help": "width of the weight in units of a token's log-ratio (0.2 to 2)"}
+    )
+    kl_coef: float = field(
+        default=0.1, metadata={"help": "weight of KL(mu || pi) (0 to 0.3); beta pulls to a fixed reference model"}
+    )
+    buffer_epochs: int = field(
+        default=1, metadata={"help": "newest generations K in the replay buffer; 1 keeps no old completions (1 to 32)"}
+    )
+    policy_lag: int = field(
+        default=0, metadata={"help": "generate with the policy from L generations ago, for experiments (0 to 32)"}
+    )
+
+    def __post_init__(self):
+        if self.loss_type != "gipo":
+            raise ValueError(f"loss_type {self.loss_type}: GIPOTrainer has gipo alone; use GRPOTrainer.")
+        if self.importance_sampling_level != "token":
+            raise ValueError("importance_sampling_level: GIPO has a ratio for each token; give token.")
+        check(self, sigma=1e-3, kl_coef=0, buffer_epochs=1, policy_lag=0)
+        if self.policy_lag and self.use_vllm:
+            raise ValueError("policy_lag swaps the trainer's weights, and vLLM has its own; leave one of them out.")
+        # TRL's correction cuts the ratio to the sampler off; here it is part of r
+        self.vllm_importance_sampling_correction = False
+        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
+            self.bf16 = False
+        super().__post_init__()
 
 
 class GIPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer with GIPO's loss, a buffer of the last K generations and a delay of L generations.
 
-    Each generation is followed by as many gradient steps as without a buffer, on minibatches from the whole buffer.
+    TRL computes the loss in its branch `vespo`, -c A log pi with c of `get_gamma_weights`. Each pass over a generation
+    draws as many minibatches as without a buffer, from the whole buffer.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        args = self.args
-        if args.loss_type == "gipo":
-            self.loss_type = "vespo"  # TRL's loss -c A log pi, whose c comes from get_gamma_weights
-            corrected = args.use_vllm and args.vllm_importance_sampling_correction
-            if corrected and args.vllm_importance_sampling_mode not in ("token_truncate", "token_mask"):
-                raise ValueError("GIPO needs token_truncate or token_mask as vllm_importance_sampling_mode.")
-        if args.policy_lag and (self.accelerator.num_processes > 1 or args.use_vllm):
-            raise ValueError("policy_lag swaps the weights of the model, so it needs a single process without vLLM.")
-        every = args.steps_per_generation * self.num_iterations
-        if (args.policy_lag or args.buffer_epochs > 1) and args.gradient_accumulation_steps % every == 0:
-            raise ValueError("TRL stores log mu of old completions only if a generation has more than one step.")
+    def __init__(self, model, reward_funcs, args, *more, **kwargs):
+        if not isinstance(args, GIPOConfig):
+            raise ValueError("args: give a GIPOConfig.")
+        super().__init__(model, reward_funcs, args, *more, **kwargs)
+        self.loss_type = "vespo"
         self.generation = -1
         self.rollouts = deque(maxlen=args.buffer_epochs)  # each a list of minibatches
-        self.policies = deque(maxlen=args.policy_lag + 1 if args.policy_lag else 0)  # weights, the oldest first
-        self.drawn = None  # the minibatches drawn last; if TRL has another list, it is a new generation
+        self.policies = deque(maxlen=args.policy_lag + 1)  # trained parameters by name, the oldest first
+        self.drawn = None  # the minibatches of this pass
         self.buffer_file = f"buffer-{args.process_index}.pt"
 
-    def get_gamma_weights(self, advantages, log_ratio_per_token, **kwargs):
-        """The c of each token in the loss -c A log pi."""
-        if self.args.loss_type != "gipo":
-            self.coef = super().get_gamma_weights(advantages, log_ratio_per_token, **kwargs)
-            return self.coef
-        logratio = log_ratio_per_token.detach()
-        if kwargs["importance_sampling_ratio"] is not None:  # mu is vLLM's policy; this is old policy / mu
-            logratio = logratio + kwargs["importance_sampling_ratio"].log()
-        self.coef = gipo_coefficient(logratio, advantages, self.args)
+    def get_gamma_weights(self, advantages, log_ratio_per_token, **_):
+        """The c of each token."""
+        self.logratio = log_ratio_per_token
+        self.coef = gipo_coefficient(log_ratio_per_token.detach(), self.args.sigma)
         return self.coef
 
     def _compute_loss(self, model, inputs):
-        """TRL's loss and the KL term."""
+        """TRL's loss and the KL term, a mean over tokens of the completions."""
         loss = super()._compute_loss(model, inputs)
-        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
-        if not self.model.training or not mask.any():
+        if not self.model.training:
             return loss
-        # with vLLM too, mu is here the trainer's policy at generation
-        logratio = self.logprobs - inputs.get("old_per_token_logps", self.logprobs.detach())
-        if self.loss_type != "vespo":
-            self.coef = trl_coefficient(logratio.detach(), inputs["advantages"].unsqueeze(1), self.args)
-        for tag, value in diagnostics(logratio[mask].detach(), self.coef.expand_as(mask)[mask]).items():
-            self._metrics["train"][tag].append(value.item())
-        # KL(mu || pi), estimated on tokens of mu: r - 1 has mean 0, and lowers the variance on fresh tokens
-        ratio = torch.exp(logratio - (logratio - 2).clamp(min=0).detach())  # at most exp(2), because outliers dominate
-        kl = (ratio - 1 - logratio)[mask].mean()
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        kept = mask.bool() if mask.any() else torch.ones_like(mask).bool()  # processes must agree on what they reduce
+        found = diagnostics(self.logratio[kept].detach(), self.coef[kept])
+        means = self.accelerator.reduce(torch.stack(list(found.values())).float(), "mean")
+        for tag, value in zip(found, means.tolist()):
+            self._metrics["train"][tag].append(value)
+        kl = (kl_estimate(self.logratio) * mask).sum() / mask.sum().clamp(min=1)
         return loss + self.args.kl_coef * kl / self.current_gradient_accumulation_steps
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self.logprobs = found[0]  # for _compute_loss, which does not get them from TRL
-        return found
+    def _generate_and_score_completions(self, inputs):
+        """Completions by the policy from L generations ago, with log mu."""
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        with self._behaviour_policy():
+            batch = super()._generate_and_score_completions(inputs)
+            self._set_log_mu(batch)
+        return batch
+
+    @contextlib.contextmanager
+    def _behaviour_policy(self):
+        """The weights of L generations ago; only trained ones, because adapters leave the others as they are."""
+        if not self.args.policy_lag:
+            yield
+            return
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self.policies.append({name: weight.detach().clone() for name, weight in trained.items()})
+        self._load(trained, self.policies[0])
+        yield
+        self._load(trained, self.policies[-1])
+
+    @torch.no_grad()
+    def _load(self, trained, policy):
+        for name, weight in trained.items():
+            weight.copy_(policy[name])
+
+    @torch.no_grad()
+    def _set_log_mu(self, batch):
+        """The sampler's log-probabilities where it reports them, else those of the trainer's weights."""
+        sampled = batch.get("sampling_per_token_logps")
+        known = sampled is not None and sampled.isfinite().all()
+        becomes_old = self.args.buffer_epochs > 1 or self.args.policy_lag or sampled is not None
+        if "old_per_token_logps" not in batch and becomes_old and not known:  # TRL leaves it out for a single step
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+            compute = self._get_per_token_logps_and_entropies
+            pictures = {name: batch[name] for name in inspect.signature(compute).parameters if name in batch}
+            size = self.args.per_device_train_batch_size
+            length = batch["completion_ids"].shape[1]
+            batch["old_per_token_logps"] = compute(self.model, ids, mask, length, batch_size=size, **pictures)[0]
+        if known:
+            batch["old_per_token_logps"] = sampled
+        elif sampled is not None:
+            batch["old_per_token_logps"] = sampled.where(sampled.isfinite(), batch["old_per_token_logps"])
 
     def _prepare_inputs(self, generation_batch):
-        """The next minibatch. A new generation enters the buffer; as many minibatches are then drawn from all of it."""
+        """The next minibatch. A new generation enters the buffer; each pass then draws from all of it."""
         inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and self._buffered_inputs is not self.drawn:  # TRL has generated
+        if not self.model.training:
+            return inputs
+        if self._buffered_inputs is not self.drawn:  # TRL has generated
             self.generation += 1
             version = self.generation - max(0, len(self.policies) - 1)  # of the policy that generated
             self.rollouts.append([minibatch | {"version": version} for minibatch in self._buffered_inputs])
-            stored = [minibatch for rollout in self.rollouts for minibatch in rollout]
-            self._buffered_inputs = self.drawn = random.sample(stored, len(self._buffered_inputs))
-            ages = [self.generation - minibatch["version"] for minibatch in stored]
+            ages = [self.generation - rollout[0]["version"] for rollout in self.rollouts]
             self._metrics["train"]["offpolicy/age_mean"].append(sum(ages) / len(ages))
             self._metrics["train"]["offpolicy/age_max"].append(max(ages))
-            inputs = self.drawn[0]
-        return inputs
-
-    def _generate_and_score_completions(self, inputs):
-        """Completions and their log-probabilities by the policy from L generations ago."""
-        if not self.model.training or not self.args.policy_lag:
-            return super()._generate_and_score_completions(inputs)
-        self.policies.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
-        self.model.load_state_dict(self.policies[0])
-        completions = super()._generate_and_score_completions(inputs)
-        self.model.load_state_dict(self.policies[-1])
-        return completions
+        step = self._step % self.args.steps_per_generation
+        if step == 0 or self._buffered_inputs is not self.drawn:
+            stored = [minibatch for rollout in self.rollouts for minibatch in rollout]
+            self._buffered_inputs = self.drawn = random.sample(stored, self.args.steps_per_generation)
+        return self.drawn[step]
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         path = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}", self.buffer_file)
         state = {"generation": self.generation, "rollouts": list(self.rollouts), "policies": list(self.policies)}
         torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)  # last: with this file the checkpoint is complete
+        path.with_suffix(".tmp").replace(path)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            # TRL restores the saved rate, but a flag given now applies
-            self.lr_scheduler.base_lrs = [self.args.learning_rate for _ in self.lr_scheduler.base_lrs]
+        if checkpoint and Path(checkpoint, self.buffer_file).exists():  # a checkpoint of GRPOTrainer has no buffer
             state = torch.load(Path(checkpoint, self.buffer_file), self.accelerator.device.type, weights_only=True)
             self.generation = state["generation"]
             self.rollouts.extend(state["rollouts"])
             self.policies.extend(state["policies"])
 
 
-# ------------------------------------------------------- Flags --------------------------------------------------------
-@dataclass(kw_only=True)
-class Args:
-    model: str | None = None
-    """folder or hub id of a causal language model; None makes a tiny one and warms it up on the task"""
-    data: Path | None = None
-    """file with one JSON object per line, with the texts prompt and answer; the template of a chat model must be in the
-    prompt already; None makes lists of digits to sort"""
-    reward: str = "exact"
-    """exact is 1 for a completion that equals the answer, else 0; module:function names one of yours, which takes
-    (prompts, completions, **columns) as in TRL and returns one number for each completion"""
-    iterations: int = 200
-    """generations, each followed by --minibatches gradient steps (50 to 10000); not TRL's num_iterations"""
-    seed: int = 1
-    """seed of the model, the prompts and the completions"""
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the name of the run's folder"""
-
-    checkpoint_interval: int = 50
-    """iterations between checkpoints (10 to 500); the last two are kept"""
-    resume: Path | None = None
-    """continue the run in this folder. Its flags apply, except those given now"""
-    evaluate: Path | None = None
-    """do not train, but sample completions of the held-out prompts with the model of the run in this folder"""
-    eval_interval: int = 10
-    """iterations between evaluations on the held-out prompts (10 to 100)"""
-    eval_prompts: int = 256
-    """prompts to hold out, the first ones of --data (64 to 1024)"""
-
-    prompts: int = 32
-    """prompts per generation (16 to 512)"""
-    group: int = 8
-    """completions of each prompt, which are compared with each other (4 to 64); TRL's num_generations"""
-    max_new_tokens: int = 8
-    """longest completion, in tokens (8 for the digits, 256 to 8192 for a pretrained model)"""
-    temperature: float = 1.0
-    """temperature of sampling (0.6 to 1.2)"""
-    minibatches: int = 4
-    """minibatches per generation, one gradient step each (1 to 16; 2 or more for old data)"""
-    learning_rate: float = 2e-4
-    """first step size of Adam, which falls linearly to 0 (1e-4 to 3e-4; 1e-6 for a pretrained model)"""
-
-    buffer_epochs: int = 1
-    """generations K in the replay buffer; 1 learns from the newest completions only (1 to 32)"""
-    policy_lag: int = 0
-    """generate with the policy from L iterations ago (0 to 32)"""
-
-    surrogate: Literal["gipo", "clip", "sapo", "cispo", "vespo"] = "gipo"
-    """policy loss; all but gipo are TRL's own at its defaults, except cispo (epsilon_high 5); clip is TRL's dapo"""
-    sigma: float = 0.5
-    """gipo: width of the weight, in units of a token's log-ratio; smaller trusts old data less (0.2 to 2)"""
-    sigma_neg: float | None = None
-    """gipo: width where the advantage is not positive; None: the same as sigma (0.1 to 2)"""
-    kl_coef: float = 0.1
-    """weight of KL(mu || pi), a pull to the policy that wrote the completion (0 to 0.3); TRL's beta, which pulls to a
-    fixed reference model, is another thing and stays 0"""
-
-
-# smallest and largest value of the numeric flags
-RANGES = (
-    (0, 2e9, "seed policy_lag kl_coef"),
-    (1, 1e9, "iterations checkpoint_interval eval_interval eval_prompts prompts max_new_tokens"),
-    (1, 1e9, "minibatches buffer_epochs"),
-    (2, 1e9, "group"),
-    (1e-9, 1, "learning_rate"),
-    (1e-9, 10, "temperature sigma sigma_neg"),
-)
-
-
-# -------------------------------------------------------- Task --------------------------------------------------------
-def sorting(n, rng):
-    """n rows of 3 to 6 digits to sort, such as 3142= and 1234."""
-    digits = [rng.choices("0123456789", k=rng.randint(3, 6)) for _ in range(n)]
+# --------------------------------------------------- Example: the task ------------------------------------------------
+def sorting(n, rng, shortest=3, longest=6):
+    """n rows of digits to sort, such as 3142= and 1234."""
+    digits = [rng.choices("0123456789", k=rng.randint(shortest, longest)) for _ in range(n)]
     return [{"prompt": "".join(d) + "=", "answer": "".join(sorted(d))} for d in digits]
 
 
 def exact(completions, answer, **_):
-    """1 for each completion that equals its answer, else 0."""
-    return [float(completion == right) for completion, right in zip(completions, answer, strict=True)]
+    """1 for each completion, a text or the messages of a chat, that equals its answer, else 0."""
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+    return [float(text == right) for text, right in zip(texts, answer, strict=True)]
 
 
 def tiny_model():
@@ -290,11 +260,11 @@ def tiny_model():
     return model, transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def warm_up(model, tokenizer, rng, steps=350):
+def warm_up(model, tokenizer, rng, steps=350, **lengths):
     """Supervised steps on the task, which stand in for pretraining; about 7 in 10 completions are right after them."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(steps):
-        texts = [row["prompt"] + row["answer"] + tokenizer.eos_token for row in sorting(64, rng)]
+        texts = [row["prompt"] + row["answer"] + tokenizer.eos_token for row in sorting(64, rng, **lengths)]
         batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
         equals = batch["input_ids"] == tokenizer.convert_tokens_to_ids("=")
         answer = (equals.cumsum(1) > 0) & ~equals
@@ -304,182 +274,179 @@ def warm_up(model, tokenizer, rng, steps=350):
         optimizer.step()
 
 
-# ------------------------------------------------------- Run ----------------------------------------------------------
-def require(condition, message, code=2):
-    """Exit with one sentence unless the condition holds."""
+# -------------------------------------------------- Example: the command ----------------------------------------------
+@dataclass
+class ExampleArgs:
+    model: str | None = field(
+        default=None, metadata={"help": "folder or hub id of a causal language model; without it a tiny one sorts digits"}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "file with a JSON object per line: prompt, a text or messages, and answer"}
+    )
+    reward: str = field(
+        default="exact",
+        metadata={"help": "exact, 1 for a completion that equals its answer; or module:function of yours, as in TRL"},
+    )
+    eval_prompts: int = field(default=256, metadata={"help": "prompts to hold out, the first of --data (64 to 1024)"})
+    lora_rank: int = field(default=0, metadata={"help": "train adapters of this rank instead of the model (8 to 64)"})
+
+
+# of TRL's flags: 200 generations of 256 completions, four gradient steps each
+DEFAULTS = {
+    "max_steps": 800,
+    "per_device_train_batch_size": 64,
+    "steps_per_generation": 4,
+    "num_generations": 8,
+    "max_completion_length": 8,
+    "learning_rate": 2e-4,
+    "disable_dropout": True,  # because it makes fresh completions look old
+    "logging_steps": 4,
+    "logging_nan_inf_filter": False,
+    "eval_strategy": "steps",
+    "eval_steps": 40,
+    "eval_on_start": True,
+    "num_generations_eval": 1,
+    "per_device_eval_batch_size": 256,
+    "save_steps": 200,
+    "save_total_limit": 2,
+    "report_to": "tensorboard",
+}
+
+
+class InputError(ValueError):
+    """A mistake in the flags or in what they name."""
+
+
+def require(condition, message):
     if not condition:
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(code)
+        raise InputError(message)
 
 
 @contextlib.contextmanager
-def exit_on_error(what):
-    """Exit with one sentence instead of a traceback on any error, because each library has its own exceptions."""
+def input_error(what):
+    """Turn any error into an InputError, because each library has its own exceptions."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
-        require(False, f"{what}: {' '.join(str(error).split())[:300]} ({type(error).__name__}).")
+        text = " ".join(str(error).split())[:300]
+        raise InputError(f"{what}: {text} ({type(error).__name__}).") from error
 
 
-def read_args():
-    """The flags and, with --resume or --evaluate, the newest checkpoint. Its flags apply, except those given now."""
-    args, checkpoint = tyro.cli(Args, description=__doc__), None
-    folder = args.evaluate or args.resume
-    if folder:
-        with exit_on_error(f"{folder} has no checkpoint of this script"):
-            complete = folder.glob("checkpoint-*/buffer-0.pt")
-            checkpoint = max((path.parent for path in complete), key=lambda path: int(path.name.split("-")[1]))
-            saved = json.loads((folder / "args.json").read_text())
-            args = replace(args, **saved | {"data": saved["data"] and Path(saved["data"])})
-        args = tyro.cli(Args, description=__doc__, default=args)
-        require(args.minibatches == saved["minibatches"], f"--minibatches: give {saved['minibatches']}, as before.")
-    for low, high, names in RANGES:
-        for name in names.split():
-            value = getattr(args, name)
-            rule = f"--{name.replace('_', '-')} {value}: give {low:g} to {high:g}."
-            require(value is None or low <= value <= high, rule)
-    completions = args.prompts * args.group
-    least = 2 if args.buffer_epochs > 1 or args.policy_lag else 1  # TRL keeps no log-probabilities for a single one
-    rule = f"--minibatches {args.minibatches}: give a divisor of --prompts x --group, {completions}, and >= {least}."
-    require(args.minibatches >= least and completions % args.minibatches == 0, rule)
-    return args, checkpoint
-
-
-def read_rows(args):
+def read_rows(args, config):
     """Rows to hold out, and rows to train on."""
-    with exit_on_error(f"--data {args.data}"):
-        if args.data is None:
-            rows = sorting(args.eval_prompts + args.iterations * args.prompts, random.Random(f"prompts {args.seed}"))
-        else:
-            rows = [json.loads(line) for line in args.data.read_text().split("\n") if line.strip()]
-        are_strings = [isinstance(row[name], str) for row in rows for name in ("prompt", "answer")]
-        require(all(are_strings), f"--data {args.data}: prompt and answer must be strings.")
-        least = args.eval_prompts + args.prompts
-        require(len(rows) >= least, f"--data {args.data}: {len(rows)} rows; give {least}, or fewer --eval-prompts.")
-        return Dataset.from_list(rows[: args.eval_prompts]), Dataset.from_list(rows[args.eval_prompts :])
+    per_generation = config.generation_batch_size // config.num_generations
+    least = args.eval_prompts + per_generation
+    if args.data is None:
+        generations = config.max_steps // config.steps_per_generation
+        total = args.eval_prompts + per_generation * max(1, generations)
+        rows = sorting(total, random.Random(f"prompts {config.seed}"))
+    else:
+        with input_error(f"--data {args.data}"):
+            lines = Path(args.data).read_text("utf-8-sig").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+            fits = [isinstance(row["prompt"], str | list) and isinstance(row["answer"], str) for row in rows]
+            require(all(fits), f"--data {args.data}: prompt must be a text or messages, and answer a text.")
+        require(len(rows) >= least, f"--data {args.data}: {len(rows)} rows; give {least}, or fewer --eval_prompts.")
+    return Dataset.from_list(rows[: args.eval_prompts]), Dataset.from_list(rows[args.eval_prompts :])
 
 
 def read_reward(args):
     """The reward function."""
-    with exit_on_error(f"--reward {args.reward}: give exact or module:function"):
-        sys.path.insert(0, os.getcwd())
-        return exact if args.reward == "exact" else pkgutil.resolve_name(args.reward)
+    if args.reward == "exact":
+        return exact
+    sys.path.insert(0, os.getcwd())
+    with input_error(f"--reward {args.reward}: give exact or module:function"):
+        found = pkgutil.resolve_name(args.reward)
+        require(callable(found), f"--reward {args.reward}: it is no function.")
+        return found
 
 
-def read_model(args, checkpoint):
-    """Model and tokenizer: those of the checkpoint, of --model, or new ones."""
-    place = checkpoint or args.model
-    if place is None:
+def read_model(args, config):
+    """Model and tokenizer: those of --model, or new ones that have seen the task."""
+    if args.model is None:
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # a model this small gains nothing by more, and two runs would wait for each other
         model, tokenizer = tiny_model()
-        warm_up(model, tokenizer, random.Random(f"warm-up {args.seed}"))
+        warm_up(model, tokenizer, random.Random(f"warm-up {config.seed}"))
         return model, tokenizer
-    with exit_on_error(f"--model {place}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        return transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32), tokenizer
+    with input_error(f"--model {args.model}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        require(tokenizer.eos_token, f"--model {args.model}: its tokenizer has no end-of-sequence token.")
+        return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), tokenizer
 
 
-SHARED_FLAGS = ("seed", "temperature", "learning_rate", "sigma", "sigma_neg", "kl_coef", "buffer_epochs", "policy_lag")
+def adapters(args):
+    """The settings of LoRA, or None."""
+    if not args.lora_rank:
+        return None
+    from peft import LoraConfig  # slow to import
+
+    return LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
 
 
-def make_config(args, folder):
-    """TRL's settings for these flags."""
-    return GIPOConfig(
-        **{name: getattr(args, name) for name in SHARED_FLAGS},
-        output_dir=str(folder),
-        max_steps=args.iterations * args.minibatches,
-        per_device_train_batch_size=args.prompts * args.group // args.minibatches,
-        steps_per_generation=args.minibatches,
-        num_generations=args.group,
-        max_completion_length=args.max_new_tokens,
-        disable_dropout=True,  # because it makes fresh completions look old
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        loss_type="dapo" if args.surrogate == "clip" else args.surrogate,
-        epsilon_high=5.0 if args.surrogate == "cispo" else None,  # CISPO alone has no sensible default in TRL
-        logging_steps=args.minibatches,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=args.minibatches * args.eval_interval,
-        eval_on_start=True,
-        num_generations_eval=1,
-        per_device_eval_batch_size=args.prompts * args.group,
-        save_steps=args.minibatches * args.checkpoint_interval,
-        save_total_limit=2,
-    )
+class Progress(transformers.ProgressCallback):
+    """A bar, and a line for each evaluation; the rest is in TensorBoard. A signal saves and stops."""
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.stopped = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
 
-TAGS = {
-    "reward": "charts/episodic_return",
-    "completions/mean_length": "charts/episodic_length",
-    "learning_rate": "charts/learning_rate",
-    "entropy": "losses/entropy",
-    "grad_norm": "losses/grad_norm",
-    "eval_reward": "eval/episodic_return",
-}
+    def stop(self, number, _):
+        print("\nsaves and stops after this step; once more ends the program at once", flush=True)
+        self.stopped = number
+        signal.signal(number, signal.SIG_DFL)
 
-
-class Log(transformers.TrainerCallback):
-    """Writes TensorBoard's log by iteration. After a signal, it stops the run at the end of the iteration."""
-
-    def __init__(self, args, folder, first_iteration):
-        self.args, self.folder = args, folder
-        self.writer = SummaryWriter(folder, purge_step=first_iteration + 1)
-        self.stops = []
-
-    def stop(self, signum, _):
-        self.stops.append(signum)
-        if signum in (signal.SIGINT, signal.SIGTERM):  # a closing terminal sends its signal twice
-            print("\nstops after this iteration; once more ends the program at once", flush=True)
-            signal.signal(signum, signal.SIG_DFL)
-
-    def on_log(self, _, state, control, logs, **kwargs):
-        iteration = state.global_step // self.args.minibatches
-        broken = [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]
-        require(not broken, f"{broken} not finite in iteration {iteration}; {self.folder} keeps its checkpoint.", 1)
-        for name, value in logs.items():
-            tag = TAGS.get(name, name)
-            if tag.startswith(("charts/", "losses/", "offpolicy/", "eval/")):
-                self.writer.add_scalar(tag, value, iteration)
-        self.writer.flush()  # before the checkpoint, which must not be ahead of the log
-        if "eval_reward" in logs:
-            print(f"iteration {iteration}: mean reward {logs['eval_reward']:.3f} on held-out prompts", flush=True)
-
-    def on_step_end(self, _, state, control, **kwargs):
-        if self.stops and state.global_step % self.args.minibatches == 0:
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        if self.stopped:
             control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0))]
+        if broken:
+            raise FloatingPointError(f"{broken} not finite at step {state.global_step}; the last checkpoint stays.")
+        if logs.get("reward") is not None:  # rewards may be None
+            self.training_bar.set_postfix(reward=logs["reward"])
+        if logs.get("eval_reward") is not None:
+            self.training_bar.write(f"step {state.global_step}: reward {logs['eval_reward']:.3f} on held-out prompts")
+
+
+def main():
+    """Train as the command line says; the model lies in --output_dir at the end. Returns the exit code."""
+    warnings.simplefilter("ignore")  # most are deprecations among the libraries
+    transformers.utils.logging.disable_progress_bar()
+    parser = TrlParser((ExampleArgs, GIPOConfig), description=__doc__)
+    parser.set_defaults(**DEFAULTS, output_dir=f"runs/{Path(__file__).stem}__{time.time_ns()}")
+    try:
+        args, config = parser.parse_args_and_config()
+        require(config.world_size == 1, "this example takes one process; GIPOTrainer in your own script takes several.")
+        require(args.model or not args.data, "--data: give --model too, because the tiny model knows digits only.")
+        held_out, rows = read_rows(args, config)
+        reward = read_reward(args)
+        with input_error(f"--output_dir {config.output_dir}"):
+            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        transformers.set_seed(config.seed)
+        model, tokenizer = read_model(args, config)
+        trainer = GIPOTrainer(model, reward, config, rows, held_out, tokenizer, peft_config=adapters(args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    trainer.remove_callback(transformers.ProgressCallback)
+    progress = Progress()
+    trainer.add_callback(progress)
+    try:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    trainer.save_model()
+    print(f"{config.output_dir} has the model" + (", which is not finished" if progress.stopped else ""))
+    return 128 + progress.stopped if progress.stopped else 0
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # most are deprecations among the libraries
-    transformers.utils.logging.disable_progress_bar()
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # two runs with more threads wait for each other, and one gains little
-    args, checkpoint = read_args()
-    held_out, rows = read_rows(args)
-    reward = read_reward(args)
-    transformers.set_seed(args.seed)
-    model, tokenizer = read_model(args, checkpoint)
-    first_iteration = int(checkpoint.name.split("-")[1]) // args.minibatches if checkpoint else 0
-    require(args.evaluate or args.iterations > first_iteration, f"--iterations: give more than {first_iteration}.")
-
-    run_name = f"{args.data.stem if args.data else 'sorting'}__{args.exp_name}__{args.seed}__{time.time_ns()}"
-    folder = args.evaluate or args.resume or Path("runs", re.sub(r"[^\w.-]", "-", run_name))
-    with exit_on_error(f"{folder} cannot be written"):
-        folder.mkdir(parents=True, exist_ok=True)
-    trainer = GIPOTrainer(model, reward, make_config(args, folder), rows, held_out, tokenizer)
-    trainer.remove_callback(transformers.ProgressCallback)
-    if args.evaluate:
-        print(f"mean reward {trainer.evaluate()['eval_reward']:.3f} on {len(held_out)} held-out prompts")
-        sys.exit()
-    flags = {name: value for name, value in vars(args).items() if name not in ("resume", "evaluate")}
-    (folder / "args.json").write_text(json.dumps(flags, default=str))
-    log = Log(args, folder, first_iteration)
-    trainer.add_callback(log)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP under nohup
-            signal.signal(number, log.stop)
-    print(f"{folder}: {'goes on' if args.resume else 'starts'} after iteration {first_iteration}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if log.stops:
-        print(f"stopped; --resume {folder} goes on if iterations are left")
-        sys.exit(128 + log.stops[0])
+    sys.exit(main())
