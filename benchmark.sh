@@ -22,7 +22,9 @@
 #   ./benchmark.sh peers-time   time per step of these, GIPO and PPO-clip; needs an idle machine
 #   ./benchmark.sh rllib-tune   learning rates for rllib
 #   ./benchmark.sh rllib        APPO with GIPO's loss and with its own loss, in its own virtual environment: .venv-rllib
-#   ./benchmark.sh llm          a tiny language model, in its own virtual environment: .venv-trl
+#   ./benchmark.sh llm-tune     rates, KL weights and widths for a tiny language model, in .venv-trl
+#   ./benchmark.sh llm          the same model on stale completions
+#   ./benchmark.sh llm-rates    the learning rates that each loss stands
 #   ./benchmark.sh report       figures, tables and differences from these files
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -45,7 +47,7 @@ subcommand=${1:-}
 case $subcommand in
   peers | peers-time | million) environment peers benchmark/requirements-peers.txt ;;
   rllib | rllib-tune) environment rllib requirements-rllib.txt ;;
-  llm) environment trl requirements-trl.txt ;;
+  llm | llm-tune | llm-rates) environment trl requirements-trl.txt ;;
 esac
 case $subcommand in
   quick | speed) module=$subcommand; shift ;;
@@ -53,7 +55,7 @@ case $subcommand in
   peers-time) module=peer_times; shift ;;
   report) module=pages; shift ;;
   tune | staleness | updates | million | ablation | lag | freeze | metaworld | minigrid | pong) module=experiments ;;
-  peers | rllib | rllib-tune | llm) module=experiments ;;
+  peers | rllib | rllib-tune | llm | llm-tune | llm-rates) module=experiments ;;
   *)
     known=$(sed -n 's|^#  *./benchmark.sh \([a-z-]*\).*|\1|p' "$0" | paste -sd ' ')
     echo "error: give a subcommand: $known" >&2

@@ -278,7 +278,8 @@ def warm_up(model, tokenizer, rng, steps=350, **lengths):
 @dataclass
 class ExampleArgs:
     model: str | None = field(
-        default=None, metadata={"help": "folder or hub id of a causal language model; without it a tiny one sorts digits"}
+        default=None,
+        metadata={"help": "folder or hub id of a causal language model; without it a tiny one sorts digits"},
     )
     data: str | None = field(
         default=None, metadata={"help": "file with a JSON object per line: prompt, a text or messages, and answer"}

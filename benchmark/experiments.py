@@ -16,14 +16,14 @@ from typing import Literal
 
 import tyro
 
-from benchmark import tuning
+from benchmark import llm_tuning, tuning
 from benchmark.measurements import measure, scale, scored
 from benchmark.methods import CONTINUOUS, name, run
 from benchmark.runner import ROOT, Missing, Run, run_all, unfinished
 from benchmark.tuning import KL_TERMS, METHODS, SIZES
 
 PAIR, THREE_METHODS, FOUR_METHODS = METHODS[:2], METHODS[:3], METHODS[:4]
-PEERS, RLLIB, TRL = (ROOT / f".venv-{venv}" / "bin" / "python" for venv in ("peers", "rllib", "trl"))
+PEERS, RLLIB = (ROOT / f".venv-{venv}" / "bin" / "python" for venv in ("peers", "rllib"))
 
 LOCOMOTION = tuning.TASKS
 WITH_ANT = (*LOCOMOTION, "Ant-v5")
@@ -42,7 +42,7 @@ MILLION = 1_000_000
 EVALUATED = {"eval_episodes": 20}  # measures the policy that learns, which is not always the one that acts
 CLEANRL = {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32, "learning_rate": 3e-4, "clip_coef": 0.2}
 RLLIB_RATES = (5e-4, 1e-3)
-TRL_LOSSES = ("gipo", "clip", "sapo", "vespo")
+LLM_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 
 
 def grid(lines: Iterable[tuple[str, str, dict]], seeds, envs, dials=({},), steps=STEPS) -> Iterator[Run]:
@@ -185,13 +185,21 @@ def rllib() -> Iterator[Run]:
         yield distributed(method, env_id, seed, rates[method].idxmax(), reuse, line)
 
 
+def sorting(staleness: Iterable[int], seeds: Iterable[int], **more) -> Iterator[Run]:
+    """Language models that sort digits; each loss has its choice."""
+    for seed, steps, loss in itertools.product(seeds, staleness, llm_tuning.BANDWIDTHS):
+        yield llm_tuning.run(loss, seed, steps, name(loss), **(llm_tuning.choice(loss) | more))
+
+
 def llm() -> Iterator[Run]:
-    """A tiny language model sorts digits. GIPO has the defaults of gipo_trl.py, the other losses those of TRL."""
-    dials = ((1, 0), (8, 0), (32, 0), (1, 8), (1, 32))
-    for seed, (k, lag), kl, loss in itertools.product(THREE, dials, (0.1, 0), TRL_LOSSES):
-        flags = {"surrogate": loss, "seed": seed, "buffer_epochs": k, "policy_lag": lag, "kl_coef": kl}
-        line = f"{'clip of TRL' if loss == 'clip' else name(loss)} {'with' if kl else 'without'} KL"
-        yield Run(loss, "gipo_trl.py", flags, line, TRL)
+    """Completions wait in a queue."""
+    yield from sorting((0, 32, 128), FIVE)
+
+
+def llm_rates() -> Iterator[Run]:
+    """Which learning rates each loss stands, with the rest of its choice."""
+    for rate in LLM_RATES:
+        yield from sorting([llm_tuning.STALENESS], THREE, learning_rate=rate)
 
 
 def quick() -> Iterator[Run]:
@@ -201,8 +209,8 @@ def quick() -> Iterator[Run]:
 
 
 ALL = (staleness, updates, million, ablation, lag, freeze, metaworld, minigrid, pong)
-ALL += (peers, rllib_tune, rllib, llm, quick)
-EXPERIMENTS = {"tune": tuning.plan} | {one.__name__.replace("_", "-"): one for one in ALL}
+ALL += (peers, rllib_tune, rllib, llm, llm_rates, quick)
+EXPERIMENTS = {"tune": tuning.plan, "llm-tune": llm_tuning.plan} | {one.__name__.replace("_", "-"): one for one in ALL}
 
 
 @dataclass
@@ -231,7 +239,7 @@ def main(args: Args) -> int:
                 break
             if run_all(args.experiment, missing, workers):
                 return 1
-            plan = [one for one in EXPERIMENTS[args.experiment]() if args.only in one.command]  # tune has two rounds
+            plan = [one for one in EXPERIMENTS[args.experiment]() if args.only in one.command]  # tuning has two rounds
     except Missing as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

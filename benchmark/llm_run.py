@@ -1,6 +1,6 @@
 """One run of the language models' study: sorting digits with TRL's asynchronous trainer and stale completions.
 
-    python -m benchmark.llm_run --loss gipo --staleness 32 --learning-rate 1e-4
+    python benchmark/llm_run.py --loss gipo --staleness 32 --learning-rate 1e-4
 
 The model has seen the task; about half of its completions are right. The score is the reward of the policy that has
 learned, on prompts that it has not seen.
@@ -9,6 +9,7 @@ learned, on prompts that it has not seen.
 import json
 import os
 import random
+import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
@@ -92,9 +94,7 @@ class Study(AsyncGIPOTrainer):
         total = torch.zeros(n).index_add_(0, self.completion, logratio)
         advantage = torch.zeros(n).index_copy_(0, self.completion, advantages)
         column = {"advantages": advantage.unsqueeze(1), "log_ratio_per_token": total.unsqueeze(1)}
-        found = GRPOTrainer.get_gamma_weights(
-            **column, mask=torch.ones(n, 1), importance_sampling_ratio=None, **VESPO
-        )
+        found = GRPOTrainer.get_gamma_weights(**column, mask=torch.ones(n, 1), importance_sampling_ratio=None, **VESPO)
         return found.squeeze(1)[self.completion]
 
 

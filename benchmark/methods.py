@@ -20,6 +20,8 @@ STYLES = {
     "sb3-ppo": ("PPO of Stable-Baselines3", "#999933", "-"),
     "sb3-sac": ("SAC of Stable-Baselines3", "#882255", "-"),
     "vespo": ("VESPO", "#F0E442", "-"),
+    "cispo": ("CISPO", "#DDCC77", "-"),
+    "none": ("no correction", "#AA4499", ":"),
     "random": ("random actions", "#BBBBBB", "-"),
 }
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from benchmark import measurements, runner, tuning
+from benchmark import llm_tuning, measurements, runner, tuning
 from benchmark.drawing import against, forest, over_time, runs_per_task
 from benchmark.experiments import EXPERIMENTS, FIVE, FREEZE_AT, LARGE, STEPS, chosen, fresh_clip, grid, sizes
 from benchmark.intervals import clearly_better, difference, iqm_interval
@@ -27,6 +27,7 @@ from benchmark.runner import DIAGNOSTICS, ROOT, Missing
 FIGURES = ROOT / "docs" / "figures"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCORE = "score: random = 0, PPO-clip at K = 1 is 1"
+HELD_OUT = "reward on held-out prompts"
 GIPO, CLIP = name("gipo"), name("clip")
 ONE_SETTING = [name(method) for method in tuning.METHODS]
 Texts = dict[str, str]  # by marker
@@ -274,17 +275,35 @@ def rllib() -> Texts:
     return by_task("rllib", dial={"buffer_reuse": "reuse"})
 
 
+def sorting(experiment: str, dial: str) -> pd.DataFrame:
+    """Rewards on held-out prompts of an experiment with language models; `x` is the value of a flag."""
+    table = measure(EXPERIMENTS[experiment](), "eval_return").assign(env_id="sorting")
+    table["x"] = table[dial]
+    return whole(table, ["line", "x"], experiment)
+
+
 def llm() -> Texts:
-    """Reward by the size K of the buffer and the policy lag L."""
-    table = measure(EXPERIMENTS["llm"]()).assign(env_id="sorting")
-    table = whole(table, ["line", "buffer_epochs", "policy_lag"], "llm")
-    panels = {
-        "generations K in the replay buffer": table[table.policy_lag == 0].assign(x=table.buffer_epochs),
-        "policy lag L, generations": table[table.buffer_epochs == 1].assign(x=table.policy_lag),
-    }
-    against(panels, FIGURES / "llm.png", "", "reward at the end of training")
-    table["x"] = "K = " + table.buffer_epochs.astype(str) + ", L = " + table.policy_lag.astype(str)
-    return {"llm": score_table(table, 3), "llm-differences": difference_table(table, f"{GIPO} with KL", 3)}
+    """By the steps that completions wait; their true age stands beside."""
+    table = sorting("llm", "staleness")
+    against({"sorting 6 to 9 digits": table}, FIGURES / "llm.png", "steps that completions wait", HELD_OUT)
+    age = table.groupby(["line", "x"], sort=False)[["age_mean", "abs_logratio_p95", "ess"]].mean()
+    age.index = [f"{line}, {x}" for line, x in age.index]
+    texts = {"llm": score_table(table, 3), "llm-differences": difference_table(table, digits=3)}
+    return texts | {"llm-details": markdown(age.map("{:.3g}".format))}
+
+
+def llm_rates() -> Texts:
+    """By the learning rate, and the rates at which a model is no worse than before the training."""
+    table = sorting("llm-rates", "learning_rate")
+    panel = {f"completions wait {llm_tuning.STALENESS} steps": table}
+    against(panel, FIGURES / "llm-rates.png", "learning rate", HELD_OUT)
+    means = table.groupby(["line", "x"], sort=False)[["value", "eval_start"]].mean().reset_index()
+    kept = means[means.value >= means.eval_start].groupby("line").x.agg(["min", "max"]).reindex(table.line.unique())
+    cells = (kept["min"].map("{:g}".format) + " to " + kept["max"].map("{:g}".format)).where(
+        kept["min"].notna(), "none"
+    )
+    texts = {"llm-rates": score_table(table, 3), "llm-rates-range": markdown(cells.to_frame("rates"))}
+    return texts | {"llm-rates-differences": difference_table(table, digits=3)}
 
 
 # -------------------------------------------------------- Tuning -----------------------------------------------------
@@ -320,7 +339,8 @@ def provenance() -> Texts:
     return {"provenance": markdown(pd.DataFrame(lines).T)}
 
 
-SECTIONS = (tune, staleness, updates, million, ablation, lag, freeze, metaworld, minigrid, pong, peers, rllib, llm)
+SECTIONS = (tune, staleness, updates, million, ablation, lag, freeze, metaworld, minigrid, pong, peers, rllib)
+SECTIONS += (llm, llm_rates)
 
 
 def main() -> int:
@@ -328,11 +348,12 @@ def main() -> int:
     matplotlib.use("Agg")
     code, texts = 0, {}
     for section in SECTIONS:
+        experiment = section.__name__.replace("_", "-")
         try:
-            if (runner.ROWS / f"{section.__name__}.csv").exists():
+            if (runner.ROWS / f"{experiment}.csv").exists():
                 texts |= section()
         except Missing as error:
-            print(f"error: {section.__name__}: {error}", file=sys.stderr)
+            print(f"error: {experiment}: {error}", file=sys.stderr)
             code = 2
     texts |= provenance() if texts else {}
     lost = [marker for marker, text in texts.items() if text and not fill(marker, text)]

@@ -34,7 +34,11 @@ WORK = ROOT / "runs" / "benchmark"  # folders of unfinished runs, and logs of fa
 CURVE_POINTS = 25
 DIAGNOSTICS = ("abs_logratio_p95", "ess", "dead_fraction", "coef_mean", "age_mean")
 PACKAGES = ("torch", "gymnasium", "mujoco", "ale-py", "minigrid", "metaworld", "stable-baselines3", "ray", "trl")
-IMPORTS = {"benchmark/variants.py": ("ppo_baseline.py", "gipo_continuous.py")}  # scripts that import scripts
+# scripts that import scripts
+IMPORTS = {
+    "benchmark/variants.py": ("ppo_baseline.py", "gipo_continuous.py"),
+    "benchmark/llm_run.py": ("benchmark/cpu_sampler.py", "gipo_trl.py", "gipo_trl_async.py"),
+}
 COLUMNS = (
     "command",
     "method",
@@ -46,6 +50,7 @@ COLUMNS = (
     "mean_return",  # area under the learning curve, divided by its length
     "final_success",
     "eval_return",  # of the policy that has learned; empty if the run has no evaluation
+    "eval_start",  # before the training, of a language model
     *DIAGNOSTICS,  # means over the last tenth of the training
     "SPS",
     "seconds",  # of the whole process; empty if it was interrupted
@@ -153,10 +158,7 @@ def saved_flags(folder: Path) -> dict:
     if (folder / "checkpoint.pt").exists():
         args = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)["args"]
         return {name: str(x) if isinstance(x, Path) else x for name, x in args.items() if x is not None}
-    args = json.loads((folder / "args.json").read_text())
-    if "iterations" in args:  # gipo_trl.py, which has one task and counts iterations
-        args |= {"env_id": "sorting", "total_timesteps": args["iterations"]}
-    return args
+    return json.loads((folder / "args.json").read_text())
 
 
 def read_log(run: Run, folder: Path) -> dict:
@@ -177,6 +179,7 @@ def read_log(run: Run, folder: Path) -> dict:
     found = {"final_return": at_the_end("charts/episodic_return"), "mean_return": returns.mean()}
     found["final_success"] = at_the_end("charts/success_rate")
     found["eval_return"] = logged("eval/episodic_return").mean()
+    found["eval_start"] = logged("eval/start").mean()
     found |= {name: at_the_end(f"offpolicy/{name}") for name in DIAGNOSTICS}
     found["SPS"] = at_the_end("charts/SPS")
     row = {"command": run.command, "method": run.method, "env_id": flags.pop("env_id"), "seed": flags.pop("seed")}

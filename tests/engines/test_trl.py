@@ -624,9 +624,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_to_the_bit(epochs, lag, 
     assert int(checkpoint.name.split("-")[1]) < 10
     # from the end of a generation it is exact
     torch.manual_seed(0)
-    code, output = script(
-        tmp_path, *flags, "--reward", "own:length", "--resume_from_checkpoint", "whole/checkpoint-10"
-    )
+    code, output = script(tmp_path, *flags, "--reward", "own:length", "--resume_from_checkpoint", "whole/checkpoint-10")
     assert code == 0
     assert_same_end(tmp_path / "whole/checkpoint-20", tmp_path / "run/checkpoint-20")
     code, _ = script(tmp_path, *flags, "--reward", "own:length", "--resume_from_checkpoint", checkpoint)

@@ -219,9 +219,9 @@ def test_completions_end_with_the_first_end_of_sequence(folder):
 
 
 def test_settings_are_checked(folder):
-    with pytest.raises(ValueError, match="^sigma 0: give"):
+    with pytest.raises(ValueError, match=r"^sigma 0: give"):
         AsyncGIPOConfig(str(folder), sigma=0)
-    with pytest.raises(ValueError, match="^kl_coef -1: give"):
+    with pytest.raises(ValueError, match=r"^kl_coef -1: give"):
         AsyncGIPOConfig(str(folder), kl_coef=-1)
     with pytest.raises(ValueError, match="give an AsyncGIPOConfig"):
         AsyncGIPOTrainer(str(folder), args=AsyncGRPOConfig(str(folder), bf16=False))

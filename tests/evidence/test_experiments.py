@@ -11,14 +11,14 @@ import synthetic
 import tyro
 from harness import ROOT
 
-from benchmark import experiments, runner, tuning
+from benchmark import experiments, llm_tuning, runner, tuning
 from benchmark.experiments import EXPERIMENTS
 from benchmark.runner import Missing
 
 ZERO = {"HalfCheetah-v5": -300.0, "Hopper-v5": 20.0, "Walker2d-v5": 0.0}
 UNIT = {"HalfCheetah-v5": 4000.0, "Hopper-v5": 500.0, "Walker2d-v5": 300.0}
 BEST = {"learning_rate": 1e-3, "ratio": "dimension", "sigma": 0.5, "kl_coef": 0.1, "kl_to": "current"}
-ELSEWHERE = ("peers", "rllib", "rllib-tune", "llm")  # in environments of their own
+ELSEWHERE = ("peers", "rllib", "rllib-tune", "llm", "llm-tune", "llm-rates")  # in environments of their own
 
 
 @pytest.fixture(autouse=True)
@@ -125,12 +125,15 @@ def untuned(monkeypatch):
 
     monkeypatch.setattr(tuning, "choice", choice)
     monkeypatch.setattr(experiments, "best_size", lambda method: 8)
+    monkeypatch.setattr(llm_tuning, "choice", lambda loss: llm_tuning.settings(loss)[0])
     synthetic.write("rllib-tune", [synthetic.row(one, 1.0) for one in experiments.rllib_tune()])
 
 
 def test_tuning_and_reporting_share_no_seed(untuned):
-    tuned = {one.flags["seed"] for name in ("tune", "rllib-tune") for one in EXPERIMENTS[name]()} | set(tuning.SEEDS)
-    plans = {name: list(EXPERIMENTS[name]()) for name in EXPERIMENTS if name not in ("tune", "rllib-tune")}
+    rounds = [name for name in EXPERIMENTS if name.endswith("tune")]
+    tuned = {one.flags["seed"] for name in rounds for one in EXPERIMENTS[name]()}
+    tuned |= {*tuning.SEEDS, *llm_tuning.SEEDS}
+    plans = {name: list(EXPERIMENTS[name]()) for name in EXPERIMENTS if name not in rounds}
     everything = [one for plan in plans.values() for one in plan]
     assert not tuned & {one.flags.get("seed", 1) for one in everything}
     tasks = {one.flags["env_id"] for one in everything if "env_id" in one.flags}
@@ -226,6 +229,24 @@ def test_tune_goes_on_with_round_two(monkeypatch):
     monkeypatch.setattr(experiments, "unfinished", lambda plan: plan)
     monkeypatch.setattr(experiments, "run_all", lambda *_: 1)
     assert experiments.main(experiments.Args("tune")) == 1  # and does not try forever
+
+
+def test_language_models_are_tuned_in_two_rounds():
+    def score(run):
+        wide = fits(run, sigma=1.0) and 0.2
+        return 0.5 + 0.1 * fits(run, learning_rate=1e-4) + 0.1 * fits(run, kl_coef=0.1) + wide
+
+    with pytest.raises(Missing, match="72 runs of llm-tune are missing"):
+        llm_tuning.choice("gipo")
+    for _ in range(2):
+        rows = [synthetic.row(one, score(one)) for one in llm_tuning.plan()]
+        synthetic.write("llm-tune", rows)
+    assert len(rows) == 72 + 3 * 9 + 3 * 3
+    assert Counter(one.method for one in llm_tuning.round_one()) == dict.fromkeys(llm_tuning.BANDWIDTHS, 12)
+    assert llm_tuning.choice("gipo") == {"learning_rate": 1e-4, "kl_coef": 0.1, "sigma": 1.0}
+    assert llm_tuning.choice("vespo") == {"learning_rate": 1e-4, "kl_coef": 0.1}
+    plan = list(experiments.llm())
+    assert len(plan) == 6 * 3 * 5 and plan[0].command.startswith("python benchmark/llm_run.py --loss gipo --seed 11")
 
 
 @pytest.mark.slow

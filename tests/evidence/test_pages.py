@@ -183,10 +183,18 @@ def everything(folder, monkeypatch):
         plan = {one.command: one for one in EXPERIMENTS[name]()}.values()
         synthetic.write(name, [synthetic.row(one, final(one), final_success=final(one) / 200) for one in plan])
 
-    for name in ("tune", "tune", "staleness", "rllib-tune", *EXPERIMENTS):  # those that others build on come first
+    for name in (
+        "tune",
+        "tune",
+        "llm-tune",
+        "llm-tune",
+        "staleness",
+        "rllib-tune",
+        *EXPERIMENTS,
+    ):  # those that others build on come first
         write(name)
     (runner.ROWS / "peer-times.csv").write_text("method,ratio\ngipo,1\nclip,1\nsb3-ppo,3\nsb3-sac,60\n")
-    names = marked(*(section.__name__ for section in pages.SECTIONS))
+    names = marked(*(section.__name__.replace("_", "-") for section in pages.SECTIONS), "llm-rates-range")
     (folder / "page.md").write_text("".join(map(between, names)))
     return folder
 
@@ -198,14 +206,14 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     page = (everything / "page.md").read_text()
     found = {name: text(page, name) for name in re.findall(r"<!-- end of (.*?) -->", page)}
     for section in pages.SECTIONS:
-        name = section.__name__
+        name = section.__name__.replace("_", "-")
         assert name == "tune" or (everything / "figures" / f"{name}.png").stat().st_size > 5000, name
         for end in ("", "-details") if name == "tune" else ("", "-differences"):
             lines = found[name + end].splitlines()
             assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1, name + end
             assert not re.search(r"\bnan\b|None", found[name + end]), name + end
     assert {path.stem for path in (everything / "figures").iterdir()} == {
-        section.__name__ for section in pages.SECTIONS
+        section.__name__.replace("_", "-") for section in pages.SECTIONS
     } - {"tune"}
     assert len(found["tune"].splitlines()) == 2 + 6 and len(found["tune-details"].splitlines()) == 2 + 6 * 9
     assert cells(found["tune"], "GIPO")[0].startswith("`--learning-rate 0.001 --ratio ")
@@ -215,7 +223,8 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     assert cells(found["million"], "GIPO, no flags")[-1] == "1"
     assert found["metaworld"].count("ratio per dimension") == 2 and cells(found["metaworld"], "random actions")[0]
     assert cells(found["pong"], "GIPO")[0].startswith("122.") and cells(found["pong"], "random actions")[0] == "7.0"
-    assert "CartPole, reuse 8" in found["rllib"] and "K = 32, L = 0" in found["llm"]
+    assert "CartPole, reuse 8" in found["rllib"] and cells(found["llm"], "no correction")[-1] == "5"
+    assert cells(found["llm-rates-range"], "GIPO") == ["5e-05 to 0.0008"]
     assert cells(found["peers"], "SAC of Stable-Baselines3")[-1] == "5"
     assert cells(found["provenance"], "million")[-1].startswith("124 of 124")
 
