@@ -147,6 +147,8 @@ class Args:
     """play --eval-episodes episodes with the agent of the run in this folder, without training"""
     eval_episodes: int = 10
     """full episodes to play with the trained agent, on seeds that training does not use; 0 plays none (10 to 100)"""
+    deterministic: bool = False
+    """evaluate with the policy's most likely actions instead of samples"""
     capture_video: bool = False
     """evaluate on a single episode and record it as an mp4 in the run's folder"""
 
@@ -479,14 +481,14 @@ class AtariAgent(nn.Module):
         self.actor = layer_init(nn.Linear(512, int(envs.single_action_space.n)), std=0.01)
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
-    def get_action_and_value(self, obs, action=None):
+    def get_action_and_value(self, obs, action=None, deterministic=False):
         """Actions, their log-probabilities (B, 1), entropies (B,) and values (B,)."""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
             pixels = obs.to(torch.float32, memory_format=torch.channels_last).div_(255.0)
             hidden = self.network(pixels).float()
         probs = Categorical(logits=self.actor(hidden), validate_args=False)
         if action is None:
-            action = probs.sample()
+            action = probs.mode if deterministic else probs.sample()
         return action, probs.log_prob(action).unsqueeze(-1), probs.entropy(), self.critic(hidden).squeeze(-1)
 
     def scale_rewards(self, rewards):
@@ -554,7 +556,9 @@ def make_continuous_envs(args, num_envs, seed, **render):
             env = gym.make(task, disable_env_checker=True, **render, **camera)
         for space in (env.observation_space, env.action_space):
             if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0):
-                refuse(env, f"--env-id {task}: observations and actions must be flat boxes, not {space}.")
+                rule = f"observations and actions must be flat boxes, not {space}."
+                others = "FlattenObservation makes flat observations, and gipo_rllib.py takes discrete actions."
+                refuse(env, f"--env-id {task}: {rule} {others}")
         if not np.issubdtype(env.action_space.dtype, np.floating):
             refuse(env, f"--env-id {task}: actions must be of a floating point type, not {env.action_space}.")
         return AnySuccess(env)
@@ -613,18 +617,18 @@ class ContinuousAgent(nn.Module):
         self.actor_mean = mlp(obs_dim, action_dim, std=0.01)
         self.actor_logstd = nn.Parameter(torch.zeros(1, action_dim))
 
-    def get_action_and_value(self, obs, action=None):
+    def get_action_and_value(self, obs, action=None, deterministic=False):
         """Actions, their log-probabilities (B, 1) or (B, dimensions), entropies (B,) and values (B,).
 
         Values are None if actions are sampled: acting needs none, and it is faster without the critic.
         """
-        obs = (obs - self.obs_stats.mean.float()) / torch.sqrt(self.obs_stats.var.float() + 1e-8)
+        obs = (obs.float() - self.obs_stats.mean.float()) / torch.sqrt(self.obs_stats.var.float() + 1e-8)
         obs = obs.clamp(-10, 10)
         action_mean = self.actor_mean(obs)
         probs = Normal(action_mean, self.actor_logstd.expand_as(action_mean).exp(), validate_args=False)
         value = None
         if action is None:
-            action = probs.sample()
+            action = probs.mode if deterministic else probs.sample()
         else:
             value = self.critic(obs).squeeze(-1)
         logprob = probs.log_prob(action)
@@ -760,7 +764,7 @@ class MinigridAgent(nn.Module):
         self.actor = layer_init(nn.Linear(128, int(envs.single_action_space.n)), std=0.01)
         self.critic = layer_init(nn.Linear(128, 1), std=1.0)
 
-    def get_action_and_value(self, obs, action=None):
+    def get_action_and_value(self, obs, action=None, deterministic=False):
         """Actions, their log-probabilities (B, 1), entropies (B,) and values (B,)."""
         pixels = obs[:, :PIXELS].view(-1, VIEW, VIEW, 3).permute(0, 3, 1, 2) / 127.5 - 1
         patches = self.norm(self.patches(pixels).flatten(2).mT)  # (B, 49, 128)
@@ -768,7 +772,7 @@ class MinigridAgent(nn.Module):
         hidden = self.network(self.project(scale * patches))
         probs = Categorical(logits=self.actor(hidden), validate_args=False)
         if action is None:
-            action = probs.sample()
+            action = probs.mode if deterministic else probs.sample()
         return action, probs.log_prob(action).unsqueeze(-1), probs.entropy(), self.critic(hidden).squeeze(-1)
 
     def scale_rewards(self, rewards):
@@ -795,7 +799,8 @@ class Minigrid(Args):
 
 # ------------------------------------------------------ Training ------------------------------------------------------
 EVAL_STEPS = 30_000  # limit of an evaluation episode, because some never end; an ALE game has at most 27,000 steps
-NOT_SAVED = ("resume", "evaluate", "eval_episodes", "capture_video")  # flags of one command, not of a run
+# flags of one command, not of a run
+NOT_SAVED = ("resume", "evaluate", "eval_episodes", "deterministic", "capture_video")
 # flags that give a checkpoint its shape
 FIXED = ("env_id", "num_envs", "num_steps", "buffer_epochs", "policy_lag", "ratio")
 
@@ -833,12 +838,22 @@ def load_checkpoint(folder):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def load_agent(folder, domain):
+    """The agent of a run's folder, on the CPU, and the run's flags; `domain` is their class, such as Continuous."""
+    checkpoint = load_checkpoint(folder)
+    args = domain(**checkpoint["args"] | {"device": "cpu"})
+    with start_envs(args, 1, args.seed) as (envs, _):
+        agent = args.Agent(envs, args)
+    agent.load_state_dict(checkpoint["agent"])
+    return agent, args
+
+
 @torch.no_grad()
 def evaluate(args, weights, video_path):
     """Play one full episode in each environment, on seeds that training does not use; print and return the means.
 
-    `weights` is the agent's state_dict. Actions are sampled. Each environment plays one episode, because the first N
-    to end would over-represent short ones.
+    `weights` is the agent's state_dict. Each environment plays one episode, because the first N to end would
+    over-represent short ones.
     """
     num_envs = 1 if args.capture_video else args.eval_episodes
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
@@ -860,7 +875,8 @@ def evaluate(args, weights, video_path):
                     print(f"warning: the video ends early: {error}")
                     video.close()
                     video = None
-            action, _, _, _ = agent.get_action_and_value(torch.as_tensor(obs, device=args.device))
+            obs = torch.as_tensor(obs, device=args.device)
+            action, _, _, _ = agent.get_action_and_value(obs, deterministic=args.deterministic)
             obs, _, terminations, truncations, infos = envs.step(action.cpu().numpy())
             episodes += ended_episodes(infos, playing)
             playing &= ~(terminations | truncations)
@@ -871,6 +887,15 @@ def evaluate(args, weights, video_path):
     found = episode_means(episodes, "eval/")
     print(f"{len(episodes)} of {num_envs} episodes ended within {EVAL_STEPS} steps: {found}")
     return found
+
+
+def name_run(args):
+    """Environment, experiment, seed, flags that are not at their defaults, and the time, so that no two are equal."""
+    elsewhere = {"env_id", "exp_name", "seed", *NOT_SAVED}
+    given = vars(args).items() - vars(type(args)()).items()
+    changed = ",".join(f"{name}={value}" for name, value in sorted(given) if name not in elsewhere)
+    parts = args.env_id, args.exp_name, args.seed, changed[:100], time.time_ns()
+    return re.sub(r"[^\w.,=-]", "-", "__".join(str(part) for part in parts if part != ""))
 
 
 def train(args):
@@ -886,14 +911,14 @@ def train(args):
     num_iterations = args.total_timesteps // batch_size
     first_iteration = checkpoint["iteration"] if checkpoint else 0
     global_step = first_step = first_iteration * batch_size
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"  # no two runs may share it
-    folder = Path(args.resume or Path("runs", re.sub(r"[^\w.-]", "-", run_name)))
+    folder = args.resume or Path("runs", name_run(args))
     if checkpoint:
         for name in FIXED:
             saved = checkpoint["args"].get(name)
             rule = f"--{name.replace('_', '-')}: {folder} has {saved}, and a resumed run cannot change it."
             require(vars(args).get(name) == saved, rule)
-    rule = f"--total-timesteps {args.total_timesteps}: give at least {first_step + batch_size}."
+    rule = f"--total-timesteps {args.total_timesteps}: give at least {first_step + batch_size}"
+    rule += f", because {folder} is finished." if checkpoint else "."
     require(first_iteration < num_iterations, rule)
 
     seed = seed_everything(args.seed, first_iteration)
@@ -1052,6 +1077,7 @@ def read_args():
 
 def main():
     """Train or evaluate as the command line says. Returns the exit code."""
+    sys.path.append(os.getcwd())  # for the module of --env-id module:id
     try:
         args = read_args()
         if "OMP_NUM_THREADS" not in os.environ:

@@ -68,6 +68,20 @@ def test_train_returns_the_agent_and_the_folder_of_a_run_of_its_own():
         assert agent.obs_stats.count == 3 * ROLLOUT
 
 
+OWN = """
+import gymnasium as gym
+from probes import Clock
+gym.register("Own-v0", Clock)
+"""
+
+
+def test_an_environment_in_the_working_directory_is_found(monkeypatch):
+    """As users call the script by its path."""
+    Path("own_module.py").write_text(OWN)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(Path.cwd()))])
+    assert CONTINUOUS.main(monkeypatch, *tiny("Plain", 1), "--env-id", "own_module:Own-v0") is None
+
+
 @pytest.mark.parametrize("entry", cases([CONTINUOUS, BASELINES[0]]), ids=str)
 def test_success_at_any_step_counts(entry, tmp_path):
     entry.train(CLOCK, 6, eval_episodes=2)

@@ -295,7 +295,7 @@ def test_a_folder_that_cannot_be_written(refused):
 
 def test_the_name_of_an_experiment_is_no_path(tmp_path):
     _, folder = CONTINUOUS.train("Plain", exp_name="../a:b/c")
-    assert re.fullmatch(r"fault_envs-Plain-v0__[.-]+a-b-c__1__\d+", folder.name)
+    assert re.fullmatch(r"fault_envs-Plain-v0__[.-]+a-b-c__1__[\w.,=-]+__\d+", folder.name)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"] and the_folder().name == folder.name
 
 

@@ -131,7 +131,7 @@ def test_a_resumed_run_without_steps_left(steps, refused):
     _, folder = CONTINUOUS.train(BAR, 2)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     error = refused(CONTINUOUS, "--resume", folder, *steps)
-    assert "--total-timesteps" in error and f"at least {3 * ROLLOUT}" in error
+    assert f"at least {3 * ROLLOUT}, because {folder} is finished." in error
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -387,6 +387,44 @@ def test_a_loaded_agent_scores_as_it_did_before_it_was_saved(entry, monkeypatch,
     assert ("eval/success_rate" in logged) == (entry.kind == "Grid")
     for tag, ((step, mean),) in logged.items():
         assert step == 64 and f"'{tag}': {mean:.4}"[:-1] in trained
+
+
+@six
+def test_a_trained_agent_is_loaded_to_be_used(entry):
+    _, folder = entry.train("Plain", 2)
+    agent, args = entry.module.load_agent(folder, type(entry.args("Plain")))
+    assert args.env_id == entry.args("Plain").env_id and args.device == "cpu"
+    assert equal(agent.state_dict(), checkpoint_of(folder)["agent"])
+    with contextlib.closing(args.make_envs(args, 1, 3)) as envs:
+        obs = torch.as_tensor(envs.reset(seed=3)[0])
+    with torch.no_grad():
+        sure = [agent.get_action_and_value(obs, deterministic=True)[0] for _ in range(5)]
+        sampled = [agent.get_action_and_value(obs)[0] for _ in range(50)]
+    assert all(torch.equal(action, sure[0]) for action in sure)
+    assert any(not torch.equal(action, sure[0]) for action in sampled)
+    likely = agent.get_action_and_value(obs, sure[0])[1]
+    assert all((agent.get_action_and_value(obs, action)[1] <= likely + 1e-6).all() for action in sampled)
+    assert entry.kind or agent.get_action_and_value(obs.double())[0].dtype == torch.float32  # as gymnasium gives it
+
+
+@four
+def test_an_evaluation_with_the_most_likely_actions(entry, saved, monkeypatch, capsys):
+    folder, agent = saved(entry), type(entry.args("Plain")).Agent
+    seen = watch(monkeypatch, agent, "get_action_and_value", lambda *_, **flags: flags.get("deterministic"))
+    entry.main(monkeypatch, "--evaluate", folder, "--deterministic", "--eval-episodes", 2)
+    assert seen and all(seen)
+    seen.clear()
+    entry.main(monkeypatch, "--evaluate", folder, "--eval-episodes", 2)
+    assert seen and not any(seen)
+
+
+def test_a_folder_is_named_after_what_differs_from_the_defaults():
+    _, folder = CONTINUOUS.train("Plain", 1, sigma=0.7, buffer_epochs=2)
+    name = folder.name.split("__")[3]
+    assert "buffer_epochs=2" in name and len(name) <= 100 and "seed" not in name and "eval_episodes" not in name
+    args = CONTINUOUS.module.Continuous("Hopper-v5", buffer_epochs=8)
+    assert CONTINUOUS.module.name_run(args).startswith("Hopper-v5__gipo_continuous__1__buffer_epochs=8__")
+    assert len(CONTINUOUS.module.name_run(CONTINUOUS.module.Continuous()).split("__")) == 4
 
 
 @four
