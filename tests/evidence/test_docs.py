@@ -1,15 +1,18 @@
 """The documentation says what the files say: links, names of functions, the diff, the three-line change."""
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
+import gymnasium as gym
 import pytest
 import torch
 from harness import ROOT, TAGS
 
+import gipo_continuous
 from benchmark import variants
 
 README = ROOT / "README.md"
@@ -59,14 +62,23 @@ def last_length(code: str) -> float:
 
 @pytest.mark.slow
 def test_the_three_line_change_turns_a_plain_ppo_into_gipo():
-    diff = re.search(r"## Three lines.*?```diff\n(.*?)```", README.read_text(), re.DOTALL)[1].splitlines()
+    lines = re.search(r"## Three lines.*?```python\n(.*?)```", README.read_text(), re.DOTALL)[1].splitlines()
     code = (ROOT / "tests" / "plain_ppo.py").read_text()
-    indent = " " * 12
-    before = "\n".join(indent + line[1:] for line in diff if line[0] in " -")
-    after = "\n".join(indent + line[1:] for line in diff if line[0] in " +")
-    assert code.count(before) == 1 and len([line for line in diff if line[0] == "+"]) == 3
+    own = re.search(r"# Policy loss\n(.*?)\n *# Value loss", code, re.DOTALL)[1]
+    assert len(lines) == 3 and "clipped" in own
     assert last_length(code) > 300
-    assert last_length(code.replace(before, after)) > 300
+    assert last_length(code.replace(own, "\n".join(" " * 12 + line for line in lines) + "\n")) > 300
+
+
+def test_a_trained_agent_acts_as_the_readme_says(monkeypatch, tmp_path):
+    code = re.search(r"```python\n(from gipo_continuous import .*?)```", README.read_text(), re.DOTALL)[1]
+    args = gipo_continuous.Continuous("Hopper-v5", 2048, num_envs=2, num_steps=16, eval_episodes=0)
+    monkeypatch.chdir(tmp_path)
+    _, folder = gipo_continuous.train(dataclasses.replace(args, total_timesteps=32))
+    obs, _ = gym.make("Hopper-v5").reset(seed=1)
+    space = {"obs": obs}
+    exec(re.sub('"runs/.*?"', repr(str(folder)), code), space)
+    assert space["action"].shape == (1, 3) and space["action"].isfinite().all()
 
 
 def test_the_loss_for_verl_is_gipo_s(monkeypatch):
