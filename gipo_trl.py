@@ -1,36 +1,33 @@
 """GIPO for language models: TRL's GRPO with a Gaussian weight instead of its clip, to learn from old completions too.
 
+    You use GRPOTrainer, which generates and learns in turn:   take GIPOTrainer and GIPOConfig of this file.
+    You use AsyncGRPOTrainer, where vLLM goes on writing:      take those of gipo_trl_async.py.
+
+Import them, or copy the sections Loss and Trainer with the imports above them. On fresh completions every ratio is
+close to 1, and nothing changes.
+
     loss = -mean(w * r * A) + kl_coef * KL(mu || pi),  r = pi(token) / mu(token),  w = exp(-(log r)^2 / (2 sigma^2))
 
 mu is the policy that wrote the completion, by the log-probabilities that the sampler reports. Each token has its own
 ratio; A is the advantage of its completion within the group of its prompt. The KL term pulls pi back towards mu; it is
 estimated by mean(r - 1 - log r). No gradient flows through w. (Lu et al. 2026, arXiv:2603.03955)
 
-    GIPOTrainer         for TRL's GRPOTrainer, which generates and learns in turn: this file
-    AsyncGIPOTrainer    for TRL's AsyncGRPOTrainer, where vLLM goes on writing while it learns: gipo_trl_async.py
-
-In your own script, use GIPOConfig and GIPOTrainer instead of GRPOConfig and GRPOTrainer. Import them from here, or copy
-the sections Loss and Trainer with their imports. The rest of the file is an example, which sorts digits:
+The rest of the file is an example, which sorts digits and takes all flags of TRL:
 
     pip install -r requirements-trl.txt                     # in its own virtual environment
     python gipo_trl.py                                      # a tiny model, three minutes; downloads nothing
     python gipo_trl.py --buffer_epochs 8                    # learn from the completions of the last 8 generations
-    python gipo_trl.py --model PATH_OR_ID --data FILE.jsonl --reward module:function --learning_rate 1e-6
-    python gipo_trl.py --resume_from_checkpoint RUN/checkpoint-400    # with the flags of that run
+    python gipo_trl.py --resume_from_checkpoint runs/RUN/checkpoint-400    # with the flags of that run
     tensorboard --logdir runs
+    python gipo_trl.py --model PATH_OR_ID --data FILE.jsonl --reward module:function --learning_rate 1e-6 \\
+        --max_completion_length 256 --per_device_train_batch_size 8 --steps_per_generation 16
 """
 
 import contextlib
 import inspect
-import json
 import math
 import os
-import pkgutil
 import random
-import signal
-import sys
-import time
-import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +35,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report each run
 
 import torch
-import transformers
-from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from trl import GRPOConfig, GRPOTrainer, TrlParser
+from trl import GRPOConfig, GRPOTrainer
 
 
 # -------------------------------------------------------- Loss --------------------------------------------------------
@@ -54,8 +48,10 @@ def gipo_coefficient(logratio, sigma):
 
 
 def kl_estimate(logratio):
-    """r - 1 - log r of each token, whose mean over tokens of mu is KL(mu || pi). r - 1 lowers the variance."""
-    # the gradient takes exp(2) at most for r, because outliers would dominate
+    """r - 1 - log r of each token, whose mean over tokens of mu estimates KL(mu || pi). r - 1 lowers the variance.
+
+    r is taken as at most exp(2), because single tokens far above would decide the gradient.
+    """
     ratio = torch.exp(logratio - (logratio - 2).clamp(min=0).detach())
     return ratio - 1 - logratio
 
@@ -78,11 +74,16 @@ def diagnostics(logratio, coef):
 
 # ------------------------------------------------------ Trainer -------------------------------------------------------
 def check(config, **smallest):
-    """Raises ValueError if a number of the config is below its smallest value."""
+    """Raises ValueError if a number of the config is below its smallest value, NaN or infinite.
+
+    TRL's default, bfloat16, fails on a CPU, so float32 is the default there.
+    """
     for name, least in smallest.items():
         value = getattr(config, name)
         if not least <= value < math.inf:
             raise ValueError(f"{name} {value}: give {least:g} or more.")
+    if config.bf16 is None and (config.use_cpu or not torch.accelerator.is_available()):
+        config.bf16 = False
 
 
 @dataclass
@@ -97,10 +98,19 @@ class GIPOConfig(GRPOConfig):
         default=0.1, metadata={"help": "weight of KL(mu || pi) (0 to 0.3); beta pulls to a fixed reference model"}
     )
     buffer_epochs: int = field(
-        default=1, metadata={"help": "newest generations K in the replay buffer; 1 keeps no old completions (1 to 32)"}
+        default=1,
+        metadata={
+            "help": "newest generations K in the replay buffer (1 to 32); the number of gradient steps stays, so raise "
+            "num_iterations with it to use each completion more often"
+        },
     )
     policy_lag: int = field(
         default=0, metadata={"help": "generate with the policy from L generations ago, for experiments (0 to 32)"}
+    )
+
+    use_bias_correction_kl: bool = field(
+        default=False,
+        metadata={"help": "weigh the KL term of beta by the ratio, which has no bound on old completions"},
     )
 
     def __post_init__(self):
@@ -113,8 +123,6 @@ class GIPOConfig(GRPOConfig):
             raise ValueError("policy_lag swaps the trainer's weights, and vLLM has its own; leave one of them out.")
         # TRL's correction cuts the ratio to the sampler off; here it is part of r
         self.vllm_importance_sampling_correction = False
-        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
-            self.bf16 = False
         super().__post_init__()
 
 
@@ -125,11 +133,11 @@ class GIPOTrainer(GRPOTrainer):
     draws as many minibatches as without a buffer, from the whole buffer.
     """
 
-    def __init__(self, model, reward_funcs, args, *more, **kwargs):
+    def __init__(self, model, reward_funcs=None, args=None, *more, **kwargs):
         if not isinstance(args, GIPOConfig):
             raise ValueError("args: give a GIPOConfig.")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
-        self.loss_type = "vespo"
+        self.loss_type = "vespo"  # the branch that TRL takes
         self.generation = -1
         self.rollouts = deque(maxlen=args.buffer_epochs)  # each a list of minibatches
         self.policies = deque(maxlen=args.policy_lag + 1)  # trained parameters by name, the oldest first
@@ -137,24 +145,33 @@ class GIPOTrainer(GRPOTrainer):
         self.buffer_file = f"buffer-{args.process_index}.pt"
 
     def get_gamma_weights(self, advantages, log_ratio_per_token, **_):
-        """The c of each token."""
+        """The c of each token. TRL calls it inside `_compute_loss`, which also needs the log-ratios."""
         self.logratio = log_ratio_per_token
         self.coef = gipo_coefficient(log_ratio_per_token.detach(), self.args.sigma)
         return self.coef
 
     def _compute_loss(self, model, inputs):
-        """TRL's loss and the KL term, a mean over tokens of the completions."""
+        """TRL's loss and the KL term, both divided by the tokens of a mean minibatch."""
         loss = super()._compute_loss(model, inputs)
         if not self.model.training:
             return loss
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        kept = mask.bool() if mask.any() else torch.ones_like(mask).bool()  # processes must agree on what they reduce
+        self._log_diagnostics(mask.bool())
+        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return loss + self.args.kl_coef * (kl_estimate(self.logratio) * mask).sum() / tokens
+
+    def _log_diagnostics(self, mask):
+        """Means over the tokens of all processes."""
+        count = mask.sum()
+        # all processes must reduce, so one without a token gives any with a weight of 0
+        kept = mask if count else torch.ones_like(mask)
         found = diagnostics(self.logratio[kept].detach(), self.coef[kept])
-        means = self.accelerator.reduce(torch.stack(list(found.values())).float(), "mean")
-        for tag, value in zip(found, means.tolist()):
-            self._metrics["train"][tag].append(value)
-        kl = (kl_estimate(self.logratio) * mask).sum() / mask.sum().clamp(min=1)
-        return loss + self.args.kl_coef * kl / self.current_gradient_accumulation_steps
+        sums = torch.stack([*found.values(), torch.ones_like(self.coef[0, 0])]).float() * count
+        *sums, total = self.accelerator.reduce(sums, "sum").tolist()
+        for tag, value in zip(found, sums):
+            if total:
+                self._metrics["train"][tag].append(value / total)
 
     def _generate_and_score_completions(self, inputs):
         """Completions by the policy from L generations ago, with log mu."""
@@ -174,8 +191,10 @@ class GIPOTrainer(GRPOTrainer):
         trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         self.policies.append({name: weight.detach().clone() for name, weight in trained.items()})
         self._load(trained, self.policies[0])
-        yield
-        self._load(trained, self.policies[-1])
+        try:
+            yield
+        finally:
+            self._load(trained, self.policies[-1])
 
     @torch.no_grad()
     def _load(self, trained, policy):
@@ -185,20 +204,16 @@ class GIPOTrainer(GRPOTrainer):
     @torch.no_grad()
     def _set_log_mu(self, batch):
         """The sampler's log-probabilities where it reports them, else those of the trainer's weights."""
-        sampled = batch.get("sampling_per_token_logps")
-        known = sampled is not None and sampled.isfinite().all()
-        becomes_old = self.args.buffer_epochs > 1 or self.args.policy_lag or sampled is not None
-        if "old_per_token_logps" not in batch and becomes_old and not known:  # TRL leaves it out for a single step
+        if "old_per_token_logps" not in batch:  # TRL leaves it out if a generation has a single step
             ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
             mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+            size, length = self.args.per_device_train_batch_size, batch["completion_ids"].shape[1]
             compute = self._get_per_token_logps_and_entropies
+            # its other parameters, as far as the batch has them
             pictures = {name: batch[name] for name in inspect.signature(compute).parameters if name in batch}
-            size = self.args.per_device_train_batch_size
-            length = batch["completion_ids"].shape[1]
             batch["old_per_token_logps"] = compute(self.model, ids, mask, length, batch_size=size, **pictures)[0]
-        if known:
-            batch["old_per_token_logps"] = sampled
-        elif sampled is not None:
+        sampled = batch.get("sampling_per_token_logps")
+        if sampled is not None:
             batch["old_per_token_logps"] = sampled.where(sampled.isfinite(), batch["old_per_token_logps"])
 
     def _prepare_inputs(self, generation_batch):
@@ -206,7 +221,8 @@ class GIPOTrainer(GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.model.training:
             return inputs
-        if self._buffered_inputs is not self.drawn:  # TRL has generated
+        is_new = self._buffered_inputs is not self.drawn  # TRL has generated
+        if is_new:
             self.generation += 1
             version = self.generation - max(0, len(self.policies) - 1)  # of the policy that generated
             self.rollouts.append([minibatch | {"version": version} for minibatch in self._buffered_inputs])
@@ -214,13 +230,15 @@ class GIPOTrainer(GRPOTrainer):
             self._metrics["train"]["offpolicy/age_mean"].append(sum(ages) / len(ages))
             self._metrics["train"]["offpolicy/age_max"].append(max(ages))
         step = self._step % self.args.steps_per_generation
-        if step == 0 or self._buffered_inputs is not self.drawn:
+        if is_new or step == 0:
             stored = [minibatch for rollout in self.rollouts for minibatch in rollout]
             self._buffered_inputs = self.drawn = random.sample(stored, self.args.steps_per_generation)
         return self.drawn[step]
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
+        if self.args.buffer_epochs == 1 and not self.args.policy_lag:
+            return
         path = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}", self.buffer_file)
         state = {"generation": self.generation, "rollouts": list(self.rollouts), "policies": list(self.policies)}
         torch.save(state, path.with_suffix(".tmp"))
@@ -231,11 +249,26 @@ class GIPOTrainer(GRPOTrainer):
         if checkpoint and Path(checkpoint, self.buffer_file).exists():  # a checkpoint of GRPOTrainer has no buffer
             state = torch.load(Path(checkpoint, self.buffer_file), self.accelerator.device.type, weights_only=True)
             self.generation = state["generation"]
-            self.rollouts.extend(state["rollouts"])
             self.policies.extend(state["policies"])
+            # minibatches of another size would have another weight
+            fitting = [one for one in state["rollouts"] if len(one) == self.args.steps_per_generation]
+            self.rollouts.extend(fitting)
 
 
 # --------------------------------------------------- Example: the task ------------------------------------------------
+import json
+import pkgutil
+import signal
+import sys
+import time
+import warnings
+
+import transformers
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from trl import TrlParser
+
+
 def sorting(n, rng, shortest=3, longest=6):
     """n rows of digits to sort, such as 3142= and 1234."""
     digits = [rng.choices("0123456789", k=rng.randint(shortest, longest)) for _ in range(n)]
@@ -370,7 +403,8 @@ def read_model(args, config):
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # a model this small gains nothing by more, and two runs would wait for each other
         model, tokenizer = tiny_model()
-        warm_up(model, tokenizer, random.Random(f"warm-up {config.seed}"))
+        if not config.resume_from_checkpoint:
+            warm_up(model, tokenizer, random.Random(f"warm-up {config.seed}"))
         return model, tokenizer
     with input_error(f"--model {args.model}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
@@ -416,26 +450,40 @@ class Progress(transformers.ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: reward {logs['eval_reward']:.3f} on held-out prompts")
 
 
+def check_flags(args, config):
+    """Raises InputError for what would fail only after the warm-up."""
+    require(config.world_size == 1, "this example takes one process; GIPOTrainer in your own script takes several.")
+    require(args.model or not args.data, "--data: give --model too, because the tiny model knows digits only.")
+    require(
+        args.model or args.lora_rank or not config.beta, "--beta: give --model, whose first weights are the reference."
+    )
+    require(args.eval_prompts >= 1, f"--eval_prompts {args.eval_prompts}: give 1 or more.")
+    checkpoint = config.resume_from_checkpoint
+    require(not checkpoint or Path(checkpoint, "trainer_state.json").exists(), f"{checkpoint} is no checkpoint.")
+
+
 def main():
     """Train as the command line says; the model lies in --output_dir at the end. Returns the exit code."""
     warnings.simplefilter("ignore")  # most are deprecations among the libraries
     transformers.utils.logging.disable_progress_bar()
-    parser = TrlParser((ExampleArgs, GIPOConfig), description=__doc__)
+    parser = TrlParser((ExampleArgs, GIPOConfig), description=__doc__, usage="gipo_trl.py [--help] [flags]")
     parser.set_defaults(**DEFAULTS, output_dir=f"runs/{Path(__file__).stem}__{time.time_ns()}")
     try:
-        args, config = parser.parse_args_and_config()
-        require(config.world_size == 1, "this example takes one process; GIPOTrainer in your own script takes several.")
-        require(args.model or not args.data, "--data: give --model too, because the tiny model knows digits only.")
+        with input_error("flags"):
+            args, config = parser.parse_args_and_config()
+        check_flags(args, config)
         held_out, rows = read_rows(args, config)
         reward = read_reward(args)
         with input_error(f"--output_dir {config.output_dir}"):
             Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         transformers.set_seed(config.seed)
         model, tokenizer = read_model(args, config)
-        trainer = GIPOTrainer(model, reward, config, rows, held_out, tokenizer, peft_config=adapters(args))
-    except ValueError as error:
+        has_chats = any(isinstance(row["prompt"], list) for row in held_out)
+        require(tokenizer.chat_template or not has_chats, f"--data {args.data}: the model has no template for chats.")
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    trainer = GIPOTrainer(model, reward, config, rows, held_out, tokenizer, peft_config=adapters(args))
     trainer.remove_callback(transformers.ProgressCallback)
     progress = Progress()
     trainer.add_callback(progress)
@@ -445,8 +493,12 @@ def main():
         print(f"error: {error}", file=sys.stderr)
         return 1
     trainer.save_model()
-    print(f"{config.output_dir} has the model" + (", which is not finished" if progress.stopped else ""))
-    return 128 + progress.stopped if progress.stopped else 0
+    print(f"{config.output_dir} has the model")
+    if progress.stopped:
+        checkpoint = f"{config.output_dir}/checkpoint-{trainer.state.global_step}"
+        print(f"which is not finished; --resume_from_checkpoint {checkpoint} goes on")
+        return 128 + progress.stopped
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     from gipo_trl_async import AsyncGIPOConfig, AsyncGIPOTrainer  # instead of AsyncGRPOConfig and AsyncGRPOTrainer
 
 gipo_trl.py has the loss, and the trainer for TRL's GRPOTrainer. mu is the policy that wrote the completion, by the
-log-probabilities that the sampler (vLLM) reports. TRL's `max_staleness` drops older completions; GIPO fades them.
+log-probabilities that the sampler reports. TRL drops completions that are older than `max_staleness` steps, and its
+default stays; GIPO fades the others by their ratio. TRL's set-up needs two GPUs, one of them for vLLM.
 """
 
 from dataclasses import dataclass, field
@@ -25,13 +26,11 @@ class AsyncGIPOConfig(AsyncGRPOConfig):
 
     def __post_init__(self):
         check(self, sigma=1e-3, kl_coef=0)
-        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
-            self.bf16 = False
         super().__post_init__()
 
 
 class AsyncGIPOTrainer(AsyncGRPOTrainer):
-    """TRL's AsyncGRPOTrainer with GIPO's loss. TRL's own clip is computed for its log, and not learned from."""
+    """TRL's AsyncGRPOTrainer with GIPO's loss. `ratio`, `kl` and `clip_ratio/*` in the log are of TRL's own loss."""
 
     def __init__(self, model, reward_funcs=None, args=None, *more, **kwargs):
         if not isinstance(args, AsyncGIPOConfig):
@@ -51,7 +50,7 @@ class AsyncGIPOTrainer(AsyncGRPOTrainer):
             outputs.append(model(**tokens))
             return outputs[-1]
 
-        super().compute_loss(recorded, inputs)  # for its forward pass and its log
+        super().compute_loss(recorded, inputs)  # for its log, and for the one forward pass, which it does not return
         (output,) = outputs
         chosen = inputs["token_index"] >= 0
         logprobs = output.log_probs.flatten()[inputs["token_index"][chosen]]
@@ -60,7 +59,7 @@ class AsyncGIPOTrainer(AsyncGRPOTrainer):
         losses = losses + self.args.kl_coef * kl_estimate(logratio)
 
         found = diagnostics(logratio.detach(), coef)
-        means = self.accelerator.reduce(torch.stack(list(found.values())).float(), "mean")
+        means = self.accelerator.reduce(torch.stack(list(found.values())).float(), "mean")  # over processes
         for tag, value in zip(found, means.tolist()):
             self._metrics["train"][tag].append(value)
 

@@ -66,7 +66,7 @@ def staleness() -> Iterator[Run]:
     yield from grid(chosen(METHODS), TEN, LOCOMOTION, sizes(*LARGE))
     for k in SIZES:
         best = [(f"{name(method)}, best for its K", method, tuning.choice(method, k)) for method in METHODS]
-        yield from grid(best, TEN, LOCOMOTION, sizes(k))
+        yield from grid(best, FIVE, LOCOMOTION, sizes(k))
 
 
 def fresh_clip() -> list[Run]:

@@ -6,6 +6,7 @@ The model has seen the task; about half of its completions are right. The score 
 learned, on prompts that it has not seen.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -30,6 +31,7 @@ from benchmark.cpu_sampler import Sampler, use_cpu
 from gipo_trl import exact, gipo_coefficient, sorting, tiny_model, warm_up
 from gipo_trl_async import AsyncGIPOConfig, AsyncGIPOTrainer
 
+ROOT = Path(__file__).parents[1]
 LENGTHS = {"shortest": 6, "longest": 9}  # digits
 PROMPTS, GROUP = 8, 8  # completions of a step
 HELD_OUT = 2048
@@ -56,7 +58,7 @@ class Args:
     """seed of the model, the prompts and the completions"""
     total_timesteps: int = 240
     """gradient steps, each on 64 completions"""
-    warm_up: int = 350
+    warm_up: int = 300
     """supervised steps before"""
 
 
@@ -112,13 +114,19 @@ class Log(transformers.TrainerCallback):
                 self.writer.add_scalar(tag, value, state.global_step)
 
 
-def warm_start(args, folder):
-    """Save a model that has seen the task."""
-    transformers.set_seed(args.seed)
-    model, tokenizer = tiny_model()
-    warm_up(model, tokenizer, random.Random(f"warm-up {args.seed}"), args.warm_up, **LENGTHS)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def warm_start(args) -> Path:
+    """A folder with a model that has seen the task; all runs of a seed share it."""
+    folder = ROOT / "runs" / "warm-up" / f"{args.seed}-{args.warm_up}"
+    if not folder.exists():
+        transformers.set_seed(args.seed)
+        model, tokenizer = tiny_model()
+        warm_up(model, tokenizer, random.Random(f"warm-up {args.seed}"), args.warm_up, **LENGTHS)
+        own = folder.with_name(f"{folder.name}-{os.getpid()}")
+        model.save_pretrained(own)
+        tokenizer.save_pretrained(own)
+        with contextlib.suppress(OSError):  # another run was first
+            own.rename(folder)
+    return folder
 
 
 def main(args: Args):
@@ -130,12 +138,12 @@ def main(args: Args):
     folder.mkdir(parents=True)
     flags = asdict(args) | {"env_id": "sorting"}
     (folder / "args.json").write_text(json.dumps(flags))
-    warm_start(args, folder / "start")
+    start = warm_start(args)
     rng = random.Random(f"prompts {args.seed}")
     held_out = sorting(HELD_OUT, rng, **LENGTHS)
     rows = sorting(PROMPTS * (args.total_timesteps + args.staleness + 2), rng, **LENGTHS)
     batch, longest = PROMPTS * GROUP, LENGTHS["longest"] + 2
-    sampler = Sampler(folder / "start", rows, exact, PROMPTS, GROUP, longest, args.staleness * batch)
+    sampler = Sampler(start, rows, exact, PROMPTS, GROUP, longest, args.staleness * batch)
     config = AsyncGIPOConfig(
         str(folder),
         sigma=args.sigma,
@@ -157,10 +165,10 @@ def main(args: Args):
         seed=args.seed,
     )
     trainer = Study(
-        str(folder / "start"),
+        str(start),
         args=config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=transformers.AutoTokenizer.from_pretrained(folder / "start"),
+        processing_class=transformers.AutoTokenizer.from_pretrained(start),
         rollout_worker=sampler,
         weight_transfer=sampler,
     )

@@ -60,10 +60,11 @@ def make_config(folder, **flags):
     return GIPOConfig(str(folder), **SMALL | flags)
 
 
-def make_trainer(config, kind=GIPOTrainer, seed=1, **kwargs):
-    """A trainer of a new tiny model, which has learned nothing yet."""
+def make_trainer(config, kind=GIPOTrainer, seed=1, model=None, **kwargs):
+    """A trainer of a new tiny model, which has learned nothing yet, or of that in a folder."""
     transformers.set_seed(seed)
-    model, tokenizer = gipo_trl.tiny_model()
+    new, tokenizer = gipo_trl.tiny_model()
+    model = transformers.AutoModelForCausalLM.from_pretrained(model) if model else new
     rows = gipo_trl.Dataset.from_list(sorting(200, random.Random(1)))
     trainer = kind(model, length, config, rows, None, tokenizer, **kwargs)
     trainer.remove_callback(transformers.ProgressCallback)
@@ -111,9 +112,9 @@ def log_ratios(model, minibatch):
     return log_probabilities(model, minibatch) - minibatch["old_per_token_logps"]
 
 
-def gradients(loss, model) -> torch.Tensor:
+def gradients(loss, model, **flags) -> torch.Tensor:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, trained)])
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, trained, **flags)])
 
 
 def logged(trainer, tag):
@@ -121,14 +122,13 @@ def logged(trainer, tag):
 
 
 # -------------------------------------------------------- Loss --------------------------------------------------------
-OVERRIDDEN = [name for name in vars(GIPOTrainer) if not name.startswith("__") and name not in ("_set_log_mu",)]
 READ = ("_buffered_inputs", "_metrics", "_step", "current_gradient_accumulation_steps", "processing_class")
 
 
 def test_trl_still_has_the_hooks_that_the_trainer_overrides_and_reads(tmp_path):
-    own = {"_behaviour_policy", "_load", "_save_checkpoint"}
-    overridden = {name for name in OVERRIDDEN if callable(getattr(GIPOTrainer, name))} - own
-    assert len(overridden) == 5
+    methods = [name for name, value in vars(GIPOTrainer).items() if callable(value) and name != "__init__"]
+    overridden = set(methods) - {"_behaviour_policy", "_load", "_set_log_mu", "_log_diagnostics"}
+    assert len(overridden) == 6
     for name in overridden:
         assert callable(getattr(GRPOTrainer, name, None)), f"TRL has no GRPOTrainer.{name} any more; we override it."
     trainer = make_trainer(make_config(tmp_path, max_steps=2))
@@ -154,14 +154,12 @@ def test_the_gradient_is_that_of_the_scripts_on_the_same_tokens(tools, tmp_path)
         own[kl_coef] = sum(found) / len(found)  # TRL divides by the tokens of a mean minibatch
 
     masks = [mask_of(minibatch) for minibatch in minibatches]
-    logratios = [log_ratios(model, minibatch) for minibatch in minibatches]
     advantages = [minibatch["advantages"].unsqueeze(1).expand_as(mask) for minibatch, mask in zip(minibatches, masks)]
-    # the gradient of the mean of r - 1 - log r, where no more than exp(2) is taken for r
-    slopes = [logratio.detach().clamp(max=2).exp() - 1 for logratio in logratios]
-    kl = sum((slope * x)[mask].mean() for slope, x, mask in zip(slopes, logratios, masks)) / len(minibatches)
-    pull = 0.3 * gradients(kl, model)
     logratio = torch.cat([log_ratios(model, minibatch) for minibatch in minibatches])
     advantage, kept = torch.cat(advantages), torch.cat(masks)
+    # the gradient of the mean of r - 1 - log r, where no more than exp(2) is taken for r
+    slope = logratio.detach().clamp(max=2).exp() - 1
+    pull = 0.3 * gradients((slope * logratio)[kept].mean(), model, retain_graph=True)
     assert logratio[kept].min() < -2 and logratio[kept].max() > 2.2 and not kept.all()
     (policy_loss,) = scripts_functions("policy_loss")
     loss = policy_loss(logratio[kept].unsqueeze(1), advantage[kept].unsqueeze(1), SimpleNamespace(sigma=0.4))
@@ -177,10 +175,10 @@ def test_two_micro_batches_give_the_gradient_of_one_batch(tmp_path):
     shape = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2}
     halves, whole = make_trainer(make_config(tmp_path, **flags, **shape)), make_trainer(make_config(tmp_path, **flags))
     micro = record(halves)
-    for minibatch in micro:  # as many tokens in each, because the KL term is a mean over those of a micro-batch
-        ends = torch.tensor([8, 5, 3, 2]).roll(random.randrange(4))
+    for i, minibatch in enumerate(micro):  # one has more tokens than the other
+        ends = torch.tensor([8, 5, 3, 2 + 4 * (i % 2)])
         minibatch["completion_mask"] = (torch.arange(8) < ends.unsqueeze(1)).long()
-        minibatch["num_items_in_batch"] = 4 * ends.sum()
+        minibatch["num_items_in_batch"] = torch.tensor(2 * (18 + 22))
     whole.model.load_state_dict(halves.model.state_dict())
     whole.model.train()
     halves._buffered_inputs = halves.drawn = micro
@@ -251,6 +249,7 @@ def test_a_minibatch_without_a_token_to_learn_from_teaches_nothing(tmp_path):
     minibatch["completion_mask"] = torch.zeros_like(minibatch["completion_mask"])
     loss = trainer._compute_loss(trainer.model, minibatch)
     assert loss == 0 and (gradients(loss, trainer.model) == 0).all()
+    assert "losses/kl" not in trainer._metrics["train"]
 
 
 def test_fresh_completions_without_a_reward_teach_nothing(tmp_path):
@@ -258,6 +257,17 @@ def test_fresh_completions_without_a_reward_teach_nothing(tmp_path):
     trainer.reward_funcs = [lambda completions, **_: [1.0] * len(completions)]
     loss = trainer._compute_loss(trainer.model, generate(trainer)[0])
     assert gradients(loss, trainer.model).abs().max() < 1e-5
+
+
+def test_the_pull_to_a_reference_model_has_no_ratio_without_bound(tmp_path):
+    """TRL would multiply it by the ratio, which is e^12 here."""
+    for part in gipo_trl.tiny_model():
+        part.save_pretrained(tmp_path)
+    trainer = make_trainer(make_config(tmp_path, beta=0.1, kl_coef=0.0), model=tmp_path)
+    minibatch = generate(trainer)[0]
+    minibatch["old_per_token_logps"] = minibatch["old_per_token_logps"] - 12
+    minibatch["ref_per_token_logps"] = minibatch["ref_per_token_logps"] + 0.1
+    assert gradients(trainer._compute_loss(trainer.model, minibatch), trainer.model).norm() < 1
 
 
 # --------------------------------------------- The sampler's log-probabilities ---------------------------------------
@@ -393,6 +403,25 @@ def test_each_pass_over_a_generation_draws_anew(tmp_path):
     assert len(set(map(frozenset, passes))) > 15  # of 24
 
 
+def test_a_generation_that_fails_leaves_the_newest_weights(tmp_path):
+    calls = []
+
+    def fails(completions, **_):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return length(completions)
+
+    trainer = make_trainer(make_config(tmp_path, policy_lag=3, learning_rate=1e-2))
+    trainer.reward_funcs = [fails]
+    first = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    newest = trainer.policies[-1]
+    assert all(weight.equal(newest[name]) for name, weight in trainer.model.named_parameters())
+    assert not all(weight.equal(first[name]) for name, weight in trainer.model.named_parameters())
+
+
 def test_a_lag_copies_what_is_trained(tmp_path):
     adapters = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = make_trainer(make_config(tmp_path, policy_lag=2, learning_rate=1e-2), peft_config=adapters)
@@ -452,6 +481,18 @@ def test_a_checkpoint_of_grpo_goes_on_with_an_empty_buffer(tmp_path):
     assert trainer.state.global_step == 20 and trainer.generation == 4
 
 
+def test_minibatches_of_another_size_leave_the_buffer(tmp_path):
+    """They would have another weight."""
+    flags = {"buffer_epochs": 4, "save_strategy": "steps", "save_steps": 8, "max_steps": 8}
+    make_trainer(make_config(tmp_path, **flags)).train()
+    for shape in ({}, {"steps_per_generation": 1, "per_device_train_batch_size": 16}):
+        trainer = make_trainer(make_config(tmp_path, **flags | {"max_steps": 10} | shape))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+        sizes = {len(rollout) for rollout in trainer.rollouts}
+        assert sizes == {trainer.args.steps_per_generation}
+        assert len(trainer.rollouts) == (2 if shape else 4)
+
+
 def test_groups_of_parameters_keep_their_rates(tmp_path):
     flags = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant", "max_steps": 4}
 
@@ -469,7 +510,7 @@ def test_groups_of_parameters_keep_their_rates(tmp_path):
 
 
 TWO = """
-import sys, random, torch, gipo_trl, transformers
+import json, sys, random, torch, gipo_trl, transformers
 folder, *checkpoint = sys.argv[1:]
 transformers.set_seed(1)
 model, tokenizer = gipo_trl.tiny_model()
@@ -481,13 +522,14 @@ reward = lambda completions, **_: [float(len(x)) for x in completions]
 trainer = gipo_trl.GIPOTrainer(model, reward, config, rows, processing_class=tokenizer)
 found, diagnose = [], gipo_trl.diagnostics
 def watched(logratio, coef):
-    found.append(coef.mean().item())
+    found.append([coef.sum().item(), len(coef)])
     return diagnose(logratio, coef)
 gipo_trl.diagnostics = watched
 trainer.train(resume_from_checkpoint=checkpoint[0] if checkpoint else None)
 total = sum(parameter.double().sum().item() for parameter in model.parameters())
 logs = [x["offpolicy/coef_mean"] for x in trainer.state.log_history if "offpolicy/coef_mean" in x]
-print("RANK", config.process_index, repr(total), found, logs[-len(found):], trainer.generation, flush=True)
+with open(f"rank-{config.process_index}.json", "w") as file:
+    json.dump([total, found, logs[-len(found):], trainer.generation], file)
 torch.distributed.destroy_process_group()
 """
 
@@ -500,13 +542,12 @@ def test_two_processes_have_buffers_of_their_own_and_one_log(tmp_path):
     for more, generation in (["run"], 1), (["run", "run/checkpoint-4"], 3):
         done = subprocess.run([*launch, *more], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        lines = sorted(re.findall("RANK .*", done.stdout))
-        ranks = [re.fullmatch(r"RANK \d (\S+) (\[.*?\]) (\[.*?\]) (\d+)", line).groups() for line in lines]
-        assert ranks[0][0] == ranks[1][0]  # the same model
-        own = torch.tensor([json.loads(rank[1]) for rank in ranks])
+        one, two = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+        assert one[0] == two[0] and one[3] == two[3] == generation  # the same model
+        own = torch.tensor([one[1], two[1]])
         assert not own[0].equal(own[1])  # other completions
-        torch.testing.assert_close(torch.tensor(json.loads(ranks[0][2])), own.mean(0), atol=1e-4, rtol=1e-3)
-        assert ranks[0][3] == str(generation)
+        sums, counts = own.sum(0).unbind(1)
+        torch.testing.assert_close(torch.tensor(one[2]), sums / counts, atol=1e-4, rtol=1e-4)
     assert {path.name for path in (tmp_path / "run/checkpoint-8").glob("buffer*")} == {"buffer-0.pt", "buffer-1.pt"}
 
 
@@ -598,7 +639,8 @@ def assert_same_end(one, other):
     """Two checkpoints have the same weights, state of Adam and replay buffer."""
     weights, others = (load_file(path / "model.safetensors") for path in (one, other))
     assert all(tensor.equal(others[name]) for name, tensor in weights.items())
-    for file in ("optimizer.pt", "buffer-0.pt"):
+    assert (one / "buffer-0.pt").exists() == (other / "buffer-0.pt").exists()
+    for file in ("optimizer.pt", *(["buffer-0.pt"] if (one / "buffer-0.pt").exists() else [])):
         states = [leaves(torch.load(path / file)) for path in (one, other)]
         for a, b in zip(*states, strict=True):
             assert a.equal(b) if torch.is_tensor(a) else a == b
@@ -619,9 +661,9 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_to_the_bit(epochs, lag, 
     (tmp_path / "run").rename(tmp_path / "whole")
     code, output = script(tmp_path, *flags, "--reward", "own:stops")
     assert code == 130 and output.count("\nsaves and stops after this step; once more ends the program at once\n") == 1
-    assert "run has the model, which is not finished" in output
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert int(checkpoint.name.split("-")[1]) < 10
+    assert f"run has the model\nwhich is not finished; --resume_from_checkpoint run/{checkpoint.name} goes on" in output
     # from the end of a generation it is exact
     torch.manual_seed(0)
     code, output = script(tmp_path, *flags, "--reward", "own:length", "--resume_from_checkpoint", "whole/checkpoint-10")
@@ -666,7 +708,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(tmp_pa
 def test_a_reward_that_fails_says_where_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(KeyError, match="no such judge"):
         script(place(tmp_path), *SHORT, "--reward", "own:fails", "--max_steps", 20, "--save_steps", 2)
-    assert (tmp_path / "run/checkpoint-8/buffer-0.pt").exists()
+    assert (tmp_path / "run/checkpoint-8/trainer_state.json").exists()
 
 
 def test_rewards_of_none_are_skipped(tmp_path):
@@ -695,6 +737,10 @@ BAD = {
     "--model ./nowhere: ": ["--model", "./nowhere"],
     "--model ./endless: its tokenizer has no end-of-sequence token": ["--model", "./endless"],
     "--output_dir own.py/run: ": ["--output_dir", "own.py/run"],
+    "--beta: give --model": ["--beta", 0.1],
+    "--eval_prompts -1: give 1": ["--eval_prompts", -1],
+    "nowhere is no checkpoint": ["--resume_from_checkpoint", "nowhere"],
+    "--data chats.jsonl: the model has no template": [*MODEL, "--data", "chats.jsonl", "--eval_prompts", 8],
 }
 
 
@@ -709,6 +755,7 @@ def test_a_mistake_is_one_sentence_and_starts_no_run(tmp_path, monkeypatch):
     write_rows(tmp_path / "answerless.jsonl", [*rows, {"prompt": "1="}])
     write_rows(tmp_path / "numbers.jsonl", [{"prompt": "1=", "answer": 1}])
     write_rows(tmp_path / "empty.jsonl", [])
+    write_rows(tmp_path / "chats.jsonl", [{"prompt": [{"role": "user", "content": "1"}], "answer": "1"}] * 60)
     monkeypatch.setattr(gipo_trl, "warm_up", lambda *_: pytest.fail("too late"))
     for words, flags in BAD.items():
         code, output = script(tmp_path, *flags)

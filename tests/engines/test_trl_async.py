@@ -232,9 +232,10 @@ def test_a_run_of_the_study_writes_what_the_benchmark_reads(tmp_path, monkeypatc
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(llm_run, "ROOT", tmp_path)
     monkeypatch.setattr(llm_run, "HELD_OUT", 64)
     llm_run.main(llm_run.Args(total_timesteps=20, staleness=2, warm_up=20))
-    (run,) = (tmp_path / "runs").iterdir()
+    (run,) = (tmp_path / "runs").glob("sorting__*")
     curves = EventAccumulator(str(run), {"scalars": 0}).Reload()
     tags = set(curves.Tags()["scalars"])
     assert {"charts/episodic_return", "eval/episodic_return", "eval/start", "offpolicy/age_mean"} <= tags
