@@ -26,6 +26,7 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.setattr(intervals, "RESAMPLES", 200)
     monkeypatch.setattr(tuning, "choice", lambda method, k=None, **same: tuning.settings(method)[1])
     monkeypatch.setattr(experiments, "TEN", (11, 31, 51))
+    monkeypatch.setattr(experiments, "FIVE", (11, 31, 51))
     (tmp_path / "page.md").write_text("".join(f"before\n{between(name)}after\n" for name in marked("staleness")))
     return tmp_path
 
