@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import gymnasium as gym
 import pytest
 import torch
 from harness import ROOT, TAGS
+from matplotlib import pyplot
 
 import gipo_continuous
 from benchmark import variants
@@ -79,6 +81,21 @@ def test_a_trained_agent_acts_as_the_readme_says(monkeypatch, tmp_path):
     space = {"obs": obs}
     exec(re.sub('"runs/.*?"', repr(str(folder)), code), space)
     assert space["action"].shape == (1, 3) and space["action"].isfinite().all()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_in_a_minute(monkeypatch, tmp_path, capsys):
+    cells = json.loads((ROOT / "docs" / "gipo.ipynb").read_text())["cells"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    pyplot.switch_backend("Agg")
+    space = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), space)
+    assert len(pyplot.gca().lines) == 2 and all(len(line.get_xdata()) > 10 for line in pyplot.gca().lines)
+    pyplot.close("all")
+    assert float(re.search(r"return of one episode: (\d+)", capsys.readouterr().out)[1]) > 30
 
 
 def test_the_loss_for_verl_is_gipo_s(monkeypatch):
