@@ -302,8 +302,7 @@ def llm_rates() -> Texts:
     cells = (kept["min"].map("{:g}".format) + " to " + kept["max"].map("{:g}".format)).where(
         kept["min"].notna(), "none"
     )
-    texts = {"llm-rates": score_table(table, 3), "llm-rates-range": markdown(cells.to_frame("rates"))}
-    return texts | {"llm-rates-differences": difference_table(table, digits=3)}
+    return {"llm-rates": markdown(cells.to_frame("rates"))}
 
 
 # -------------------------------------------------------- Tuning -----------------------------------------------------

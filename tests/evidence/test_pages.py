@@ -195,7 +195,7 @@ def everything(folder, monkeypatch):
     ):  # those that others build on come first
         write(name)
     (runner.ROWS / "peer-times.csv").write_text("method,ratio\ngipo,1\nclip,1\nsb3-ppo,3\nsb3-sac,60\n")
-    names = marked(*(section.__name__.replace("_", "-") for section in pages.SECTIONS), "llm-rates-range")
+    names = marked(*(section.__name__.replace("_", "-") for section in pages.SECTIONS))
     (folder / "page.md").write_text("".join(map(between, names)))
     return folder
 
@@ -209,7 +209,8 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     for section in pages.SECTIONS:
         name = section.__name__.replace("_", "-")
         assert name == "tune" or (everything / "figures" / f"{name}.png").stat().st_size > 5000, name
-        for end in ("", "-details") if name == "tune" else ("", "-differences"):
+        ends = {"tune": ("", "-details"), "llm-rates": ("",)}.get(name, ("", "-differences"))
+        for end in ends:
             lines = found[name + end].splitlines()
             assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1, name + end
             assert not re.search(r"\bnan\b|None", found[name + end]), name + end
@@ -225,7 +226,7 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     assert found["metaworld"].count("ratio per dimension") == 2 and cells(found["metaworld"], "random actions")[0]
     assert cells(found["pong"], "GIPO")[0].startswith("122.") and cells(found["pong"], "random actions")[0] == "7.0"
     assert "CartPole, reuse 8" in found["rllib"] and cells(found["llm"], "no correction")[-1] == "5"
-    assert cells(found["llm-rates-range"], "GIPO") == ["5e-05 to 0.0008"]
+    assert cells(found["llm-rates"], "GIPO") == ["5e-05 to 0.0008"]
     assert cells(found["peers"], "SAC of Stable-Baselines3")[-1] == "5"
     assert cells(found["provenance"], "million")[-1].startswith("124 of 124")
 
