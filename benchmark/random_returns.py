@@ -26,7 +26,7 @@ class RandomAgent(torch.nn.Module):
         self.space = envs.action_space
         self.space.seed(0)
 
-    def get_action_and_value(self, obs):
+    def get_action_and_value(self, obs, **_):
         return torch.as_tensor(self.space.sample()), None, None, None
 
 
