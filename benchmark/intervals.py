@@ -49,6 +49,12 @@ def difference(ours: pd.Series, theirs: pd.Series) -> tuple[float, float, float]
     return bootstrap(between, own + other)
 
 
+def paired_difference(ours: pd.Series, theirs: pd.Series) -> tuple[float, float, float]:
+    """The mean difference of runs with the same index, and the ends of Student's 95 % interval."""
+    each = ours - theirs
+    return (each.mean(), *stats.t.interval(0.95, len(each) - 1, each.mean(), each.sem()))
+
+
 def clearly_better(ours: pd.Series, theirs: pd.Series) -> bool:
     """Whether a difference shows: the interval, the mean and every set of tasks but one say the same."""
     _, low, _ = difference(ours, theirs)

@@ -19,7 +19,7 @@ import tyro
 from benchmark import llm_tuning, measurements, runner, tuning
 from benchmark.drawing import against, forest, over_time, runs_per_task
 from benchmark.experiments import EXPERIMENTS, FIVE, FREEZE_AT, LARGE, STEPS, chosen, fresh_clip, grid, sizes
-from benchmark.intervals import clearly_better, difference, iqm_interval
+from benchmark.intervals import clearly_better, difference, iqm_interval, paired_difference
 from benchmark.measurements import measure, random_actions, scale, scored, whole
 from benchmark.methods import name
 from benchmark.runner import DIAGNOSTICS, ROOT, Missing
@@ -286,10 +286,23 @@ def llm() -> Texts:
     """By the steps that completions wait; their true age stands beside."""
     table = sorting("llm", "staleness")
     against({"sorting 6 to 9 digits": table}, FIGURES / "llm.png", "steps that completions wait", HELD_OUT)
-    age = table.groupby(["line", "x"], sort=False)[["age_mean", "abs_logratio_p95", "ess"]].mean()
-    age.index = [f"{line}, {x}" for line, x in age.index]
-    texts = {"llm": score_table(table, 3), "llm-differences": difference_table(table, digits=3)}
+    names = {"abs_logratio_p95": "p95", "ess": "ESS"}
+    age = table.pivot_table(list(names), "line", "x", sort=False)[list(names)].rename_axis(None)
+    age.columns = [f"{names[column]}, {x}" for column, x in age.columns]
+    texts = {"llm": score_table(table, 3), "llm-differences": differences_by_seed(table)}
     return texts | {"llm-details": markdown(age.map("{:.3g}".format))}
+
+
+def differences_by_seed(table: pd.DataFrame) -> str:
+    """GIPO minus each other line, bold if the interval leaves 0 out; runs of one seed start with the same model."""
+    values = table.pivot_table("value", ["x", "seed"], "line", sort=False)
+
+    def text(x: int, line: str) -> str:
+        found = paired_difference(values.loc[x, GIPO], values.loc[x, line])
+        return f"**{number(found, 3)}**" if found[1] * found[2] > 0 else number(found, 3)
+
+    ticks, others = sorted(set(table.x)), [line for line in values if line != GIPO]
+    return markdown(pd.DataFrame({x: {f"GIPO minus {line}": text(x, line) for line in others} for x in ticks}))
 
 
 def llm_rates() -> Texts:

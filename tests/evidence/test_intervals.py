@@ -46,6 +46,14 @@ def test_intervals_of_few_seeds_are_too_narrow(tasks, seeds, share, monkeypatch)
     assert missed / 500 == pytest.approx(share, abs=0.025)
 
 
+def test_a_paired_difference():
+    """By hand: differences 1, 2 and 3, with a standard error of 1 / sqrt(3) and Student's 4.303."""
+    ours, theirs = pd.Series([2.0, 7, 4], [11, 31, 51]), pd.Series([1.0, 5, 1], [11, 31, 51])
+    mean, low, high = intervals.paired_difference(ours, theirs)
+    assert mean == 2 and (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-3)
+    assert intervals.paired_difference(ours, theirs.sample(frac=1, random_state=1)) == (mean, low, high)
+
+
 def test_a_difference():
     rng = np.random.default_rng(2)
     ours, theirs = (runs(a=rng.normal(mean, 1, 8), b=rng.normal(mean, 1, 8)) for mean in (1, 0))
