@@ -100,7 +100,7 @@ def test_the_notebook_runs_in_a_minute(monkeypatch, tmp_path, capsys):
 
 def test_the_loss_for_verl_is_gipo_s(monkeypatch):
     """Run with stand-ins for verl's three functions, which is all that it imports."""
-    text = (ROOT / "docs" / "llm.md").read_text()
+    text = (ROOT / "docs" / "engines.md").read_text()
     code = next(
         block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "register_policy_loss" in block
     )
