@@ -197,9 +197,12 @@ def llm() -> Iterator[Run]:
 
 
 def llm_rates() -> Iterator[Run]:
-    """Which learning rates each loss stands, with the rest of its choice."""
+    """Which learning rates each loss stands, with the rest of its choice; and GIPO with its best KL weight above 0."""
     for rate in LLM_RATES:
         yield from sorting([llm_tuning.STALENESS], THREE, learning_rate=rate)
+        pulled = llm_tuning.choice("gipo") | {"kl_coef": 0.3, "learning_rate": rate}
+        line = f"{name('gipo')}, KL 0.3"
+        yield from (llm_tuning.run("gipo", seed, llm_tuning.STALENESS, line, **pulled) for seed in THREE)
 
 
 def quick() -> Iterator[Run]:

@@ -89,6 +89,7 @@ def test_the_notebook_runs_in_a_minute(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     pyplot.switch_backend("Agg")
+    pyplot.close("all")
     space = {}
     for cell in cells:
         if cell["cell_type"] == "code":

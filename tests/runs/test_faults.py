@@ -284,7 +284,7 @@ def test_a_log_that_fills_the_disk_ends_in_one_sentence():
     result = subprocess.run([*map(str, command)], env=environment(), cwd=HERE, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: "), "TensorBoard's thread may complain, but not last"
-    folder = max(Path("runs").iterdir())
+    folder = max(Path("runs").iterdir(), key=lambda run: int(run.name.split("__")[-1]))  # the newest
     assert checkpoint_of(folder)["iteration"] == 0 and not (folder / "checkpoint.tmp").exists()
 
 
