@@ -226,9 +226,14 @@ def execute(run: Run) -> dict:
 
 
 def run_all(experiment: str, runs: list[Run], workers: int | None = None) -> int:
-    """Do these runs, one per core or `workers` at a time. Print the failures and return their number."""
+    """Do these runs, one per core or `workers` at a time. Print the failures and return their number.
+
+    Raises `Missing` if the file of rows has other columns, because appending would spoil it.
+    """
     ROWS.mkdir(exist_ok=True)
     path, lock, failed = ROWS / f"{experiment}.csv", threading.Lock(), 0
+    if path.exists() and tuple(pd.read_csv(path, nrows=0).columns) != COLUMNS:
+        raise Missing(f"{path} has other columns than new rows would have; move it elsewhere.")
 
     def work(run: Run):
         if not unfinished([run]):

@@ -151,6 +151,14 @@ def test_ctrl_c_ends_the_batch_and_starts_no_other_run(process, monkeypatch):
     assert len(runner.read_rows()) == done and len(runner.unfinished(many)) == 199 - done
 
 
+def test_a_file_with_other_columns_is_left_as_it_is(process):
+    runner.ROWS.mkdir()
+    (runner.ROWS / "probe.csv").write_text("command,method\na,b\n")
+    with pytest.raises(runner.Missing, match="has other columns"):
+        runner.run_all("probe", [probe("gipo")])
+    assert (runner.ROWS / "probe.csv").read_text() == "command,method\na,b\n" and not process.commands
+
+
 def test_curve():
     points = pd.Series([1.0, 3.0, 10.0, 5.0, 7.0], index=[10, 20, 21, 70, 100])
     assert runner.curve(points, 100, 5).tolist() == [2, 10, 10, 5, 7]
