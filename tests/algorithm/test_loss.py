@@ -90,7 +90,7 @@ def test_one_column_is_the_joint_formula():
 @pytest.mark.parametrize(
     ("sigma", "bound"), [(0.1, 1.005013), (0.2, 1.020201), (0.5, 1.133148), (1, 1.648721), (2, 7.389056)]
 )
-def test_t1_t2_t5_the_largest_coefficient(sigma, bound):
+def test_t1_t2_t3_the_largest_coefficient(sigma, bound):
     """At sigma squared, where it would be 0 if a gradient flowed through the weight; it is 1 at twice that."""
     x = torch.linspace(-10, 10, 20001, dtype=torch.float64)
     found = by_autograd(x, sigma=sigma)
@@ -101,11 +101,11 @@ def test_t1_t2_t5_the_largest_coefficient(sigma, bound):
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_t6_all_gradients_coincide_on_policy(name, advantage):
+def test_t4_all_gradients_coincide_on_policy(name, advantage):
     assert by_autograd([0.0], advantage, name).item() == pytest.approx(1)
 
 
-def test_t9_limits():
+def test_limits():
     """A wide weight is plain importance sampling; a narrow one leaves no gradient off-policy."""
     torch.testing.assert_close(by_autograd(X, sigma=1e6), X.exp())
     assert by_autograd(X[X.abs() > 0.1], sigma=1e-3).abs().max() < 1e-12

@@ -1,6 +1,7 @@
-"""The mathematics of GIPO as experiments on the shipped `policy_loss` (T numbers name identities, docs/theory.md)."""
+"""The mathematics of GIPO as experiments on the shipped `policy_loss`; numbers as in docs/theory.md."""
 
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.optimize import minimize_scalar
 
 from analysis import bias_variance, surrogates
-from analysis.bias_variance import OFF_POLICY, SAMPLES, advantages, estimate
+from analysis.bias_variance import BEHAVIOURS, OFF_POLICY, SAMPLES, TARGETS, advantages, estimate
 from analysis.coefficients import coefficients, loss
 from gipo_continuous import Continuous, diagnostics
 
@@ -37,7 +38,7 @@ def gipo(logratio, sigma, advantages=1.0):
 
 
 @given(distributions(), SIGMAS, st.sampled_from([1.0, -1.0]))
-def test_t15_the_mean_coefficient_is_the_mean_weight(dists, sigma, advantage):
+def test_t5_the_mean_coefficient_is_the_mean_weight(dists, sigma, advantage):
     pi, mu = dists
     logratio = np.log(pi / mu)
     mean = mu @ gipo(logratio, sigma, advantage)
@@ -46,14 +47,14 @@ def test_t15_the_mean_coefficient_is_the_mean_weight(dists, sigma, advantage):
 
 
 @given(distributions(), SIGMAS)
-def test_t16_the_second_moment_is_bounded_at_any_staleness(dists, sigma):
+def test_t6_the_second_moment_is_bounded_at_any_staleness(dists, sigma):
     pi, mu = dists
     coef = gipo(np.log(pi / mu), sigma)
     assert mu @ coef**2 <= math.exp(sigma**2 / 4) * (1 + 1e-12)
 
 
 @pytest.mark.parametrize(("sigma", "bound"), [(0.5, 1.064494), (1, 1.284025), (2, 2.718282)])
-def test_t16_is_tight_and_plain_importance_sampling_has_no_such_bound(sigma, bound):
+def test_t6_is_tight_and_plain_importance_sampling_has_no_such_bound(sigma, bound):
     """All of pi on one action whose ratio is exp(sigma^2 / 2) reaches the bound."""
     mu = np.array([math.exp(-(sigma**2) / 2), 1 - math.exp(-(sigma**2) / 2)])
     logratio = np.log(np.array([1, 1e-300]) / mu)
@@ -65,7 +66,7 @@ def test_t16_is_tight_and_plain_importance_sampling_has_no_such_bound(sigma, bou
 
 
 @given(distributions(), SIGMAS, st.floats(-5, 5), st.floats(-5, 5))
-def test_t19_the_bias_is_at_most_quadratic_in_the_log_ratio(dists, sigma, first, other):
+def test_t9_the_bias_is_at_most_quadratic_in_the_log_ratio(dists, sigma, first, other):
     pi, mu = dists
     logratio = np.log(pi / mu)
     gradient = np.full(len(pi), other)
@@ -77,7 +78,7 @@ def test_t19_the_bias_is_at_most_quadratic_in_the_log_ratio(dists, sigma, first,
 
 
 @given(hnp.arrays(float, st.integers(1, 50), elements=st.floats(-20, 20)), SIGMAS)
-def test_t20_the_effective_sample_size_of_every_batch(logratio, sigma):
+def test_t10_the_effective_sample_size_of_every_batch(logratio, sigma):
     """As the scripts log it."""
     coef = gipo(logratio, sigma)
     if coef.max() < 1e-30:  # squares would leave floating point
@@ -112,7 +113,7 @@ def ess(sigma, s):
         (1.5, 1, 0.456558, 0.509973, 0.408738),
     ],
 )
-def test_t21_moments_under_lognormal_drift(s, sigma, mean, square, size):
+def test_t11_moments_under_lognormal_drift(s, sigma, mean, square, size):
     assert moments(sigma, s) == pytest.approx((mean, square), abs=1e-6)
     assert ess(sigma, s) == pytest.approx(size, abs=1e-6)
     v = s**2 / sigma**2
@@ -122,26 +123,26 @@ def test_t21_moments_under_lognormal_drift(s, sigma, mean, square, size):
 
 
 @pytest.mark.parametrize("s", [0.3, 1.0, 1.5])
-def test_t21_plain_importance_sampling(s):
+def test_t11_plain_importance_sampling(s):
     logratio, mass = surrogates.drifted(s)
     coef = coefficients(loss("plain_is"), logratio, 1.0)
     assert (mass @ coef) ** 2 / (mass @ coef**2) == pytest.approx(math.exp(-(s**2)), abs=1e-6)
 
 
 @pytest.mark.parametrize(("s", "best"), [(0.01, 0.7072), (0.3, 0.7663), (1, 0.9550), (2, 1.0976)])
-def test_t22_the_sigma_with_the_largest_effective_sample_size(s, best):
+def test_t12_the_sigma_with_the_largest_effective_sample_size(s, best):
     found = minimize_scalar(lambda sigma: -ess(sigma, s), bounds=(0.3, 3), method="bounded", options={"xatol": 1e-5})
     assert found.x == pytest.approx(best, abs=5e-4)
 
 
 @pytest.mark.parametrize("s", [0.1, 0.3])
-def test_t22_a_narrow_weight_wastes_more_than_plain_importance_sampling(s):
+def test_t12_a_narrow_weight_wastes_more_than_plain_importance_sampling(s):
     plain = math.exp(-(s**2))
     assert ess(0.4, s) < plain < ess(1.0, s)
 
 
 @pytest.mark.parametrize(("s", "share"), [(0.1, 0.022547), (0.3, 0.250311), (0.5, 0.345794), (1, 0.428286)])
-def test_t23_samples_without_gradient(s, share):
+def test_t13_samples_without_gradient(s, share):
     # the clip's edge falls into a cell of the grid, so cells must be narrow
     found = {m: surrogates.dead_share(m, s, threshold=1e-300, points=1_000_001) for m in ("clip", "gipo")}
     assert found == pytest.approx({"clip": share, "gipo": 0}, abs=5e-6)
@@ -180,7 +181,7 @@ def tails(surrogate, law):
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("law", LAWS)
-def test_t17_t18_the_mean_of_a_batch_concentrates(law, sigma):
+def test_t7_t8_the_mean_of_a_batch_concentrates(law, sigma):
     found = tails(loss("gipo", sigma=sigma), law)
     assert (found <= bernstein(DEVIATIONS, sigma)).all()
     assert (found <= hoeffding(DEVIATIONS, sigma)).all()
@@ -189,11 +190,11 @@ def test_t17_t18_the_mean_of_a_batch_concentrates(law, sigma):
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0])
 @pytest.mark.parametrize("law", ["lognormal 2", "lomax 1.5"])
-def test_t18_plain_importance_sampling_breaks_the_bound_that_gipo_keeps(law, sigma):
+def test_t8_plain_importance_sampling_breaks_the_bound_that_gipo_keeps(law, sigma):
     assert (tails(loss("plain_is"), law) > bernstein(DEVIATIONS, sigma)).any()
 
 
-def test_t18_is_sharper_than_t17():
+def test_t8_is_sharper_than_t7():
     informative = bernstein(DEVIATIONS, 1.0) < 1
     assert informative.sum() > 10
     assert (bernstein(DEVIATIONS, 1.0) < hoeffding(DEVIATIONS, 1.0))[informative].all()
@@ -227,7 +228,7 @@ def descend(surrogate, logits, actions, behaviour_logprobs, advantage, rate, ste
     rate=st.floats(0.01, 1),
     sigma=st.floats(0.1, 1.5),
 )
-def test_t26_one_step_moves_a_bounded_distance(logits, behaviour, actions, advantage, rate, sigma):
+def test_t14_one_step_moves_a_bounded_distance(logits, behaviour, actions, advantage, rate, sigma):
     before = torch.tensor(logits)
     mu = torch.log_softmax(torch.tensor(behaviour), 0)[actions]
     after = descend(loss("gipo", sigma=sigma), before, torch.tensor(actions), mu, torch.tensor(advantage), rate, 1)
@@ -235,14 +236,14 @@ def test_t26_one_step_moves_a_bounded_distance(logits, behaviour, actions, advan
     assert max(kl(before, after), kl(after, before)) <= bound + 1e-12
 
 
-def test_t26_plain_importance_sampling_moves_further():
+def test_t14_plain_importance_sampling_moves_further():
     before, actions = torch.zeros(5, dtype=torch.float64), torch.tensor([0])
     behaviour = torch.log(torch.tensor([1e-3], dtype=torch.float64))
     after = descend(loss("plain_is"), before, actions, behaviour, torch.ones(1, dtype=torch.float64), 0.1, 1)
     assert kl(before, after) > 0.5 * 0.1**2 * math.exp(1.0)
 
 
-def test_t27_no_trust_region():
+def test_t15_no_trust_region():
     """On one batch, step after step, GIPO drifts further from the policy that collected it than clip and SPO do."""
     rng = np.random.default_rng(0)
     start = torch.zeros(4, dtype=torch.float64)
@@ -345,6 +346,16 @@ def test_gridworld_direction():
     assert all(e.expectation < 0 for e in default)  # the wrong sign
     assert (min(e.cosine for e in default), max(e.cosine for e in default)) == pytest.approx((0.61, 0.79), abs=0.005)
     assert min(estimate(*case, "gipo", sigma=1.0).cosine for case in OFF_POLICY) == pytest.approx(0.966, abs=5e-4)
+
+
+def test_the_policies_on_the_page_are_those_of_the_study():
+    page = (ROOT / "docs" / "theory.md").read_text()
+    rows = re.findall(r"^\| ((?:target|behaviour) \w+).*? \| (\d.*) \|$", page, re.MULTILINE)
+    shown = {name: np.array(numbers.split("|"), float) for name, numbers in rows}
+    expected = {f"target {name}": pi[0] for name, pi in TARGETS.items()}
+    expected |= {f"behaviour {name}": mu for name, mu in BEHAVIOURS.items() if mu is not None}
+    assert shown.keys() == expected.keys()
+    assert all(np.abs(shown[name] - expected[name]).max() < 0.0006 for name in expected)  # three digits
 
 
 def test_the_published_table_is_what_the_losses_give():

@@ -85,10 +85,10 @@ def test_extreme_ratios_are_finite_and_on_policy_all_agree(method, dtype, monkey
     for sign in (1.0, -1.0):
         found, loss = gradient(method, x, torch.full((3, 1), sign, dtype=torch.tensor(x).dtype))
         assert loss.isfinite() and np.isfinite(found).all()
-        assert found[0].tolist() == pytest.approx([1, 1])  # T6
+        assert found[0].tolist() == pytest.approx([1, 1])  # T4
 
 
-def test_t8_sapo_s_gate_is_a_gaussian_near_1():
+def test_sapo_s_gate_is_a_gaussian_near_1():
     """Of width sqrt(2) / tau: both coefficients agree to second order."""
     x = np.linspace(-0.02, 0.02, 5).reshape(-1, 1)
     for tau, sigma in ((1, 1.41421), (1.05, 1.34687), (2, 0.70711)):
@@ -99,7 +99,7 @@ def test_t8_sapo_s_gate_is_a_gaussian_near_1():
         assert np.abs(sapo / np.exp(x) - 1).max() > 4e-5
 
 
-def test_t10_a_narrow_width_bounds_negative_advantages():
+def test_a_narrow_width_bounds_negative_advantages():
     x = np.linspace(-3, 3, 6001).reshape(-1, 1)
     found, _ = gradient("asymmetric", x, -torch.ones(6001, 1, dtype=torch.float64), sigma=2.0, sigma_neg=0.5)
     assert found.max().item() == pytest.approx(1.133148, abs=1e-6)
