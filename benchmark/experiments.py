@@ -242,7 +242,7 @@ def main(args: Args) -> int:
                 break
             if run_all(args.experiment, missing, workers):
                 return 1
-            plan = [one for one in EXPERIMENTS[args.experiment]() if args.only in one.command]  # tuning has two rounds
+            plan = [one for one in EXPERIMENTS[args.experiment]() if args.only in one.command]  # tuning has rounds
     except Missing as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

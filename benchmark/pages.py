@@ -320,7 +320,7 @@ def llm_rates() -> Texts:
 
 # -------------------------------------------------------- Tuning -----------------------------------------------------
 def tune() -> Texts:
-    """The choice of each method for both K and for each, with its score; and all settings of round two."""
+    """The choice of each method for both K and for each, with its mean rank; and all settings of the last rounds."""
     table = tuning.results().assign(x=lambda own: "K = " + own.buffer_epochs.astype(str))
     cells, details = {}, []
     for method in tuning.METHODS:
@@ -331,8 +331,8 @@ def tune() -> Texts:
             flags = next(flags for flags in tuning.settings(method) if tuning.words(flags) == best.index[0])
             edge = ", at an edge" if tuning.at_an_edge(method, flags) else ""
             cells.setdefault(place, {})[name(method)] = f"`{best.index[0]}` ({best.iloc[0]:.2f}{edge})"
-        scores = own.pivot_table("value", "line", "x").assign(both=own.groupby("line").value.mean())
-        details.append(scores.set_index(name(method) + " `" + scores.index + "`").sort_values("both", ascending=False))
+        known = own.pivot_table("value", "line", "x").assign(both=own.groupby("line").value.mean())
+        details.append(known.set_index(name(method) + " `" + known.index + "`").sort_values("both", ascending=False))
     return {"tune": markdown(pd.DataFrame(cells)), "tune-details": markdown(pd.concat(details).map("{:.2f}".format))}
 
 

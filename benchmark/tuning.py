@@ -1,9 +1,11 @@
-"""The settings of each method: a grid of one shape, two rounds of tuning, and the choice.
+"""The settings of each method: a grid of one shape, three rounds of tuning, and the choice.
 
 Every method has three bandwidths, six KL terms and both units of the ratio. Round one compares the KL terms and units,
 with the middle bandwidth and old data. Round two tries the best quarter of them with each bandwidth, on fresh and on
-old data, with another seed and at the length that is reported; it alone makes the choice. The tasks are those that are
-reported, the seeds are not.
+old data, at the length that is reported. Round three repeats the best of round two, and the two rounds together make
+the choice. Each round has a seed of its own. The tasks are those that are reported, the seeds are not.
+
+Runs are compared by ranks, because the returns of HalfCheetah differ by so much that one lucky run would decide.
 """
 
 import itertools
@@ -13,14 +15,14 @@ from functools import cache, lru_cache
 
 import pandas as pd
 
-from benchmark.measurements import measure, scale, scored
+from benchmark.measurements import measure
 from benchmark.methods import run
 from benchmark.runner import Missing, Run, state, unfinished
 
 TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
-SEEDS = (1001, 1002)  # of round one and of round two
+SEEDS = (1001, 1002, 1003)  # of each round
 SIZES = (1, 8)  # of the replay buffer
-STEPS = (60_000, 150_000)  # of round one and of round two
+STEPS = (60_000, 150_000)  # of round one and of the others
 RATE = 1e-3
 
 WIDTHS = {"action": (0.5, 1.0, 2.0), "dimension": (0.3, 0.5, 1.0)}  # of GIPO's weight, by the ratio's unit
@@ -103,55 +105,67 @@ def round_two() -> list[Run]:
     return runs
 
 
-def measured(plan: Iterable[Run]) -> pd.DataFrame:
+def finalists() -> dict[str, list[dict]]:
+    """By method, the best three settings of round two, and the best one for each K."""
+    known, found = ranks(round_two()), {}
+    for method in METHODS:
+        own = known[known.method == method]
+        best = {*ranking(own).index[:3], *(ranking(own[own.buffer_epochs == k]).index[0] for k in SIZES)}
+        found[method] = [flags for flags in settings(method) if words(flags) in best]
+    return found
+
+
+def of_finalists(seed: int) -> list[Run]:
+    tried = [(method, flags) for method, known in finalists().items() for flags in known]
+    return [one for method, flags in tried for one in trials(method, flags, seed, STEPS[1], SIZES)]
+
+
+def round_three() -> list[Run]:
+    return of_finalists(SEEDS[2])
+
+
+def ranks(plan: Iterable[Run]) -> pd.DataFrame:
+    """The value of a run is the share of all runs with its task and K that are no better."""
     plan = list(plan)
     left = len(unfinished(plan))
     if left:
         raise Missing(f"{left} runs of tune are missing; run ./benchmark.sh tune first.")
-    return measure(plan)
-
-
-def ranks(plan: Iterable[Run]) -> pd.DataFrame:
-    """Round one: the rank among the runs of its task, because the first returns of HalfCheetah are no scale."""
-    table = measured(plan)
-    return table.assign(value=table.groupby("env_id").value.rank())
-
-
-def scores(plan: Iterable[Run]) -> pd.DataFrame:
-    """Round two, on a scale where random actions have 0 and the mean of the round has 1, by task."""
-    plan = list(plan)
-    return scored(measured(plan), scale(plan, "tune"))
+    table = measure(plan)
+    return table.assign(value=table.groupby(["env_id", "buffer_epochs"]).value.rank(pct=True))
 
 
 def ranking(table: pd.DataFrame) -> pd.Series:
-    """Mean scores of settings, the best first."""
+    """Mean values of settings, the best first."""
     return table.groupby("line").value.mean().sort_values(ascending=False)
 
 
 def plan() -> list[Run]:
-    """Round one, and once it is complete round two."""
+    """The runs of each round, as soon as the one before is complete."""
     runs = list(round_one())
-    return runs if unfinished(runs) else runs + round_two()
+    for later in (round_two, round_three):
+        if not unfinished(runs):
+            runs += later()
+    return runs
 
 
 def results() -> pd.DataFrame:
-    """The scores of round two."""
+    """The ranks of the finalists in rounds two and three together."""
     return results_in(state())
 
 
 @lru_cache(maxsize=1)
 def results_in(state: tuple) -> pd.DataFrame:
-    return scores(round_two())
+    return ranks(of_finalists(SEEDS[1]) + round_three())
 
 
 def choice(method: str, k: int | None = None, **same) -> dict:
     """The flags that are best for K = 1 and 8 together, or for this K; of those that have `same` flags if given.
 
-    If round two has no setting with these flags, round one decides.
+    If the last rounds have no setting with these flags, an earlier one decides.
     """
     allowed = {words(flags): flags for flags in settings(method) if same.items() <= flags.items()}
-    known = results()
-    if not (known.line.isin(allowed) & (known.method == method)).any():
-        known = ranks(round_one())
-    known = known[(known.method == method) & known.line.isin(allowed)]
-    return allowed[ranking(known if k is None else known[known.buffer_epochs == k]).index[0]]
+    for known in (results(), ranks(round_two()), ranks(round_one())):
+        found = known[(known.method == method) & known.line.isin(allowed)]
+        if len(found):
+            break
+    return allowed[ranking(found if k is None else found[found.buffer_epochs == k]).index[0]]

@@ -28,8 +28,8 @@ def rows(monkeypatch, tmp_path):
 
 
 def tuned_rows(score):
-    """Rows of both rounds, with the returns of score(run)."""
-    for _ in range(2):
+    """Rows of all rounds, with the returns of score(run)."""
+    for _ in tuning.SEEDS:
         rows = [synthetic.row(one, at(one, score(one))) for one in tuning.plan()]
         synthetic.write("tune", rows)
 
@@ -65,40 +65,45 @@ def test_tuning_chooses_one_setting_for_both_sizes_and_the_best_for_each():
             return 0.8
         if fits(run, **BEST | {"sigma": 1.0}):  # good for K = 8 alone
             return 0.9 if run.flags["buffer_epochs"] == 8 else 0.4
-        # one setting shines in a single task, whose numbers are the largest
-        return 0.9 if fits(run, ratio="action", sigma=2.0) and run.flags["env_id"] == "HalfCheetah-v5" else 0.2
+        # one setting shines in a single task
+        return 90 if fits(run, ratio="action", sigma=2.0) and run.flags["env_id"] == "HalfCheetah-v5" else 0.2
 
     with pytest.raises(Missing, match="216 runs of tune are missing"):
         tuning.choice("gipo")
     tuned_rows(score)
-    assert len(tuning.plan()) == 216 + 6 * 9 * 6
     assert tuning.choice("gipo") == tuning.choice("gipo", 1) == BEST
     assert tuning.choice("gipo", 8) == BEST | {"sigma": 1.0}
     assert tuning.choice("gipo", ratio="action")["sigma"] == 2.0
 
 
-def test_round_two_has_the_best_quarter_and_alone_makes_the_choice():
-    lucky, steady = BEST | {"kl_coef": 0.3}, BEST
+def test_three_rounds_try_fewer_settings_each_and_the_last_two_choose():
+    early, lucky, steady = (BEST | {"kl_coef": weight} for weight in (0.03, 0.3, 0.1))
+    scores = {0.03: (0.9, 0.1, 0.1), 0.3: (0.7, 0.9, 0.2), 0.1: (0.6, 0.8, 0.8)}  # by KL weight, in each round
 
     def score(run):
-        if run.method == "gipo" and fits(run, **lucky):
-            return 0.9 if run.flags["seed"] == 1001 else 0.1
-        return 0.6 if run.method == "gipo" and fits(run, **steady) else 0.3
+        if run.method == "gipo" and any(fits(run, **known) for known in (early, lucky, steady)):
+            return scores[run.flags["kl_coef"]][run.flags["seed"] - 1001]
+        return 0.3
 
     tuned_rows(score)
-    second = tuning.round_two()
+    second, third = tuning.round_two(), tuning.round_three()
     assert Counter(one.method for one in second) == dict.fromkeys(tuning.METHODS, 9 * 6)
-    assert {one.flags["seed"] for one in second} == {1002}
-    assert {one.flags["buffer_epochs"] for one in second} == {1, 8}
+    assert {one.flags["seed"] for one in second} == {1002} and {one.flags["seed"] for one in third} == {1003}
+    assert {one.flags["buffer_epochs"] for one in second} == {one.flags["buffer_epochs"] for one in third} == {1, 8}
     widths = {one.flags["sigma"] for one in second if one.method == "gipo" and fits(one, ratio="dimension")}
     assert widths == {0.3, 0.5, 1.0}
+    assert {method: 3 <= len(known) <= 5 for method, known in tuning.finalists().items()} == dict.fromkeys(
+        tuning.METHODS, True
+    )
+    assert lucky in tuning.finalists()["gipo"] and early not in tuning.finalists()["gipo"]
+    assert len(tuning.plan()) == 216 + 6 * 9 * 6 + len(third)
     assert tuning.choice("gipo") == steady
     rows = [synthetic.row(one, at(one, score(one))) for one in tuning.plan()]
     for row, one in zip(rows, tuning.plan()):
-        if one.method == "gipo" and fits(one, **steady) and one.flags["seed"] == 1002:
+        if one.method == "gipo" and fits(one, **steady) and one.flags["seed"] == 1003:
             row |= {"final_return": "", "diverged": 1}  # counts as random actions
     synthetic.write("tune", rows)
-    assert tuning.choice("gipo") != steady
+    assert tuning.choice("gipo") == lucky
 
 
 def test_a_unit_that_round_two_has_not_tried_is_chosen_by_round_one():
@@ -215,7 +220,7 @@ def test_what_lacks_its_ground_is_one_sentence(capsys):
         assert "tune first." in capsys.readouterr().err
 
 
-def test_tune_goes_on_with_round_two(monkeypatch):
+def test_tune_goes_on_with_the_later_rounds(monkeypatch):
     done = []
 
     def run_all(experiment, runs, workers):
@@ -225,7 +230,7 @@ def test_tune_goes_on_with_round_two(monkeypatch):
 
     monkeypatch.setattr(experiments, "run_all", run_all)
     assert experiments.main(experiments.Args("tune")) == 0
-    assert done == [216, 324]
+    assert done == [216, 324, 108]
     monkeypatch.setattr(experiments, "unfinished", lambda plan: plan)
     monkeypatch.setattr(experiments, "run_all", lambda *_: 1)
     assert experiments.main(experiments.Args("tune")) == 1  # and does not try forever
