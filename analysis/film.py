@@ -12,10 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 from moviepy import VideoFileClip
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gipo_minigrid_vision import seed_everything  # it also registers MiniGrid
 
 ROOT = Path(__file__).parents[1]
 # script, environment, seed, and the steps after which it is filmed
@@ -25,7 +28,7 @@ RUNS = (
     ("gipo_minigrid_vision.py", "MiniGrid-GoToObject-6x6-N2-v0", 2, (1_024, 51_200, 153_600)),
 )
 SECONDS, FPS = 5, 10  # of each of the three parts
-HEIGHT, GAP, TITLE, COLORS = 160, 8, 34, 64  # pixels; colors of the palette
+HEIGHT, GAP, TITLE, COLORS = 320, 12, 60, 64  # pixels; colors of the palette
 
 
 def record(folder: Path, script: str, env_id: str, seed: int, stops: tuple[int, ...]):
@@ -49,15 +52,29 @@ def frames(path: Path) -> list[Image.Image]:
     return [one.resize((round(one.width * HEIGHT / one.height), HEIGHT)) for one in pictures]
 
 
+def mission(env_id: str, seed: int) -> str:
+    """What the agent is told in the episode of the evaluation; empty without words."""
+    if not env_id.startswith("MiniGrid"):
+        return ""
+    with gym.make(env_id) as env:
+        obs, _ = env.reset(seed=seed_everything(seed, 10**9))
+    return f"“{obs['mission']}”"
+
+
 def compose(folders: list[Path], path: Path):
-    """Write a GIF of the videos of some runs, side by side. Above each: environment, steps, return of the episode."""
-    font, parts = ImageFont.load_default(11), []
+    """Write a GIF of the videos of some runs, side by side.
+
+    Above each stand environment, steps, the return of the episode, and the mission.
+    """
+    font, parts = ImageFont.load_default(15), []
     for folder in folders:
         (run,) = folder.glob("runs/*")
         log = EventAccumulator(str(run)).Reload()
         returns = {event.step: event.value for event in log.Scalars("eval/episodic_return")}
-        name = run.name.split("__")[0].removeprefix("ALE-").removeprefix("MiniGrid-")
-        titles = {step: f"{name}\n{step:,} steps: {value:.2f}" for step, value in returns.items()}
+        env_id, _, seed, *_ = run.name.split("__")
+        name = env_id.removeprefix("ALE-").removeprefix("MiniGrid-")
+        told = mission(env_id, int(seed))
+        titles = {step: f"{name}\n{step:,} steps: {value:.2f}\n{told}" for step, value in returns.items()}
         parts.append([(title, frames(run / f"{step}.mp4")) for step, title in titles.items()])
     shots = []
     for columns in zip(*parts):

@@ -4,7 +4,9 @@ import pytest
 from harness import ROOT
 from PIL import Image
 
+import gipo_minigrid_vision
 from analysis import film
+from gipo_minigrid_vision import seed_everything, start_envs
 
 
 @pytest.mark.slow
@@ -23,6 +25,14 @@ def test_a_run_is_filmed_at_each_stop_once(tmp_path):
             duration += picture.info["duration"]
         assert duration == 2 * 1000 * film.SECONDS
         assert picture.size == (2 * (film.HEIGHT + film.GAP) + film.GAP, film.TITLE + film.HEIGHT + film.GAP)
+
+
+def test_the_mission_is_that_of_the_evaluation():
+    args = gipo_minigrid_vision.Minigrid("MiniGrid-GoToObject-6x6-N2-v0", seed=2)
+    with start_envs(args, 1, seed_everything(2, 10**9)) as (envs, _):
+        (expected,) = envs.unwrapped.get_attr("mission")
+    assert film.mission("MiniGrid-GoToObject-6x6-N2-v0", 2) == f"“{expected}”" and len(expected.split()) > 3
+    assert film.mission("Hopper-v5", 1) == ""
 
 
 def test_the_film_of_the_readme_is_small():
