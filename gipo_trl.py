@@ -35,6 +35,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report each run
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 
 
@@ -136,6 +137,8 @@ class GIPOTrainer(GRPOTrainer):
     def __init__(self, model, reward_funcs=None, args=None, *more, **kwargs):
         if not isinstance(args, GIPOConfig):
             raise ValueError("args: give a GIPOConfig.")
+        if args.policy_lag and is_deepspeed_zero3_enabled():
+            raise ValueError("policy_lag copies whole weights, and ZeRO-3 splits them; leave one of them out.")
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         self.loss_type = "vespo"  # the branch that TRL takes
         self.generation = -1

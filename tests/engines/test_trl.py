@@ -452,6 +452,12 @@ def test_settings_are_checked_at_once(flags, words, tmp_path):
         make_config(tmp_path, **flags)
 
 
+def test_a_lag_is_refused_where_weights_are_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(gipo_trl, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO-3 splits them"):
+        make_trainer(make_config(tmp_path, policy_lag=1))
+
+
 def test_settings_of_trl_alone_are_refused(tmp_path):
     with pytest.raises(ValueError, match="give a GIPOConfig"):
         make_trainer(GRPOConfig(str(tmp_path), bf16=False, **SMALL))
