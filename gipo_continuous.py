@@ -2,17 +2,16 @@
 
     loss = -mean(w * r * A) + kl_coef * KL,  r = pi(a|s) / mu(a|s),  w = exp(-(log r)^2 / (2 sigma^2))
 
-mu is the behaviour policy, which collected the sample; A is the sample's advantage. The KL term pulls pi back to the
-policy that the iteration starts from; --kl-to behaviour pulls it back to mu.
-In continuous control --ratio takes r of an action or of each of its dimensions.
-No gradient flows through w. (Lu et al. 2026, arXiv:2603.03955)
+mu is the behaviour policy, which collected the sample; A is the sample's advantage. No gradient flows through w. The
+KL term pulls pi back to the policy that the iteration starts from, or with --kl-to behaviour to mu. --ratio takes one r
+for the whole action, or one for each of its dimensions. (Lu et al. 2026, arXiv:2603.03955)
 
     python gipo_continuous.py --buffer-epochs 8      # learn from 8 rollouts; --help has usual ranges
     python gipo_continuous.py --resume runs/RUN      # continue a run; or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
-`diff ppo_baseline.py gipo_continuous.py | head -40` shows the method. The diffs with the other two scripts show it
-too. Shared code is identical in all four.
+`diff ppo_baseline.py gipo_continuous.py | head -40` shows the method, as do the diffs with gipo_atari.py and
+gipo_minigrid_vision.py. Shared code is identical in all four.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ import sys
 import time
 import zipfile
 from collections import deque
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -75,7 +74,7 @@ def update(agent, optimizer, obs, actions, logprobs, start_logprobs, advantages,
     entropy_loss = entropy.mean()
     loss = pg_loss + args.kl_coef * kl - args.ent_coef * entropy_loss + args.vf_coef * v_loss
 
-    # detached before the step, because a compiled step takes 0.42 ms instead of 0.78 then (torch 2.13)
+    # detached before the step: a compiled step then takes 0.42 ms instead of 0.78 (torch 2.13)
     scalars = {
         "losses/policy_loss": pg_loss.detach(),
         "losses/value_loss": v_loss.detach(),
@@ -96,7 +95,7 @@ def diagnostics(logratio, advantages, args):
     """Scalars: how far pi is from the behaviour policies, and how many samples still have a gradient.
 
     logratio is (B, D) and advantages (B, 1). The gradient of the policy loss is -c A grad log pi / B for each ratio;
-    autograd finds the coefficient c, whatever the loss.
+    autograd finds the coefficient c of any loss that is proportional to |A| and summed as policy_loss is.
     """
     sign = torch.where(advantages > 0, 1.0, -1.0)
     x = logratio.clone().requires_grad_()
@@ -106,7 +105,7 @@ def diagnostics(logratio, advantages, args):
     absolute = logratio.abs().flatten()
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could underflow
     return {
-        # exp(88) is the end of float32
+        # at most exp(20), because float32 ends at exp(88) and a mean of such numbers says nothing
         "losses/approx_kl": (joint.clamp(max=20).exp() - 1 - joint).mean(),
         "losses/clipfrac": ((logratio.exp() - 1).abs() > 0.2).float().mean(),
         # kthvalue, because torch.quantile takes 2**24 samples at most
@@ -140,8 +139,8 @@ class Args:
     checkpoint_interval: int = 50
     """iterations between checkpoints; each checkpoint replaces the last one (10 to 500)"""
     resume: Path | None = None
-    """continue the run in this folder. Its flags apply, except those given now; those that shape the buffer must stay.
-    The environments start new episodes.
+    """continue the run in this folder. Its flags apply, except those given now. The environments start new episodes.
+    Environment, rollout, buffer, --policy-lag and --ratio must stay.
     With a larger --total-timesteps, an annealed learning rate jumps up to that of the longer run"""
     evaluate: Path | None = None
     """play --eval-episodes episodes with the agent of the run in this folder, without training"""
@@ -201,7 +200,7 @@ class Args:
 
 
 # numbers that may be 0; all others must be larger
-MAY_BE_ZERO = "seed eval_episodes gamma gae_lambda ent_coef vf_coef kl_coef policy_lag".split()
+MAY_BE_ZERO = ("seed", "eval_episodes", "gamma", "gae_lambda", "ent_coef", "vf_coef", "kl_coef", "policy_lag")
 
 
 class InputError(ValueError):
@@ -233,8 +232,7 @@ def input_error(what):
 
 def check_flags(args):
     """Raises InputError if a number is too small, or if a rollout does not divide into minibatches."""
-    for name in (field.name for field in fields(Args)):
-        value = getattr(args, name)
+    for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             rule = "give 0 or more" if name in MAY_BE_ZERO else "give a number above 0"
             fits = value > 0 or (value == 0 and name in MAY_BE_ZERO)
@@ -286,7 +284,8 @@ class ReplayBuffer:
         """n flat indices of valid transitions, drawn uniformly; none comes twice before all have come once."""
         valid = self.valid.flatten().nonzero().squeeze(1)
         rounds = math.ceil(n / len(valid))
-        return valid[torch.cat([torch.randperm(len(valid), device=valid.device) for _ in range(rounds)])[:n]]
+        order = torch.cat([torch.randperm(len(valid), device=valid.device) for _ in range(rounds)])
+        return valid[order[:n]]
 
 
 def compute_gae(rewards, values, ratios, terminated, dones, gamma, gae_lambda):
@@ -310,7 +309,7 @@ def compute_gae(rewards, values, ratios, terminated, dones, gamma, gae_lambda):
 
 @torch.no_grad()
 def refresh_advantages(buffer, slots, agent, args):
-    """Recompute values and log-probabilities of the whole buffer, and from them the advantages of these slots."""
+    """Recompute values and log-probabilities of the whole buffer, and the advantages of `slots`, (K,) bool."""
     count = int((buffer.versions >= 0).sum())  # slots are filled in order
     obs, actions = buffer.obs[:count].flatten(0, 2), buffer.actions[:count].flatten(0, 2)
     chunks = [agent.get_action_and_value(*chunk) for chunk in zip(obs.split(1024), actions.split(1024))]
@@ -330,7 +329,8 @@ def refresh_advantages(buffer, slots, agent, args):
 def seed_everything(seed, stream):
     """Seed all generators; returns the seed of the first environment.
 
-    `stream` is the iteration that a run starts or resumes with, or 10**9 for the evaluation. No two streams overlap.
+    `stream` is the iteration that a run starts or resumes with, or 10**9 for the evaluation. The seeds of two streams
+    are hashed apart.
     """
     # 30 bits, because seed + i must fit ALE's 31
     seed = int(np.random.SeedSequence([seed, stream]).generate_state(1)[0]) // 4
@@ -605,7 +605,9 @@ def evaluate(args, weights, video_path):
     """
     num_envs = 1 if args.capture_video else args.eval_episodes
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
-    episodes, playing, video = [], np.ones(num_envs, bool), None
+    playing = np.ones(num_envs, bool)
+    episodes = []
+    video = None
     with start_envs(args, num_envs, seed_everything(args.seed, 10**9), **render) as (envs, obs):
         with input_error(f"the agent does not fit --env-id {args.env_id} and --device {args.device}"):
             agent = args.Agent(envs, args).to(args.device)
@@ -613,8 +615,8 @@ def evaluate(args, weights, video_path):
         if args.capture_video:
             from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # slow to import
 
-            fps = envs.metadata.get("render_fps") or 30
-            video = FFMPEG_VideoWriter(str(video_path), picture(envs).shape[1::-1], fps)
+            height, width, _ = picture(envs).shape
+            video = FFMPEG_VideoWriter(str(video_path), (width, height), envs.metadata.get("render_fps") or 30)
         for _ in range(EVAL_STEPS):
             if video:
                 try:
@@ -649,7 +651,7 @@ def name_run(args):
 def train(args):
     """Train an agent. Returns it and the run's folder, which has the log and the checkpoint.
 
-    Raises InputError before anything is created, FloatingPointError if a value is not finite, and OSError if the folder
+    Raises InputError for a mistake in the flags, FloatingPointError if a value is not finite, and OSError if the folder
     cannot be written. After Ctrl-C or SIGTERM the run is saved, and the program exits.
     """
     check_flags(args)
@@ -665,8 +667,8 @@ def train(args):
             saved = checkpoint["args"].get(name)
             rule = f"--{name.replace('_', '-')}: {folder} has {saved}, and a resumed run cannot change it."
             require(vars(args).get(name) == saved, rule)
-    rule = f"--total-timesteps {args.total_timesteps}: give at least {first_step + batch_size}"
-    rule += f", because {folder} is finished." if checkpoint else "."
+    reason = f", because {folder} is finished" if checkpoint else ""
+    rule = f"--total-timesteps {args.total_timesteps}: give at least {first_step + batch_size}{reason}."
     require(first_iteration < num_iterations, rule)
 
     seed = seed_everything(args.seed, first_iteration)
@@ -705,8 +707,8 @@ def train(args):
         save_checkpoint(folder, first_iteration, args, agent, optimizer, buffer, actors)
         # steps after the checkpoint are logged again
         writer = stack.enter_context(SummaryWriter(folder, purge_step=first_step + 1))
-        table = ["| flag | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in vars(args).items())]
-        writer.add_text("hyperparameters", "\n".join(table), first_step)
+        rows = [f"| {name} | {value} |" for name, value in vars(args).items()]
+        writer.add_text("hyperparameters", "\n".join(["| flag | value |", "| --- | --- |", *rows]), first_step)
         gradient_step = update
         if args.compile:
             torch._dynamo.config.trace_autograd_ops = True  # backward() in the same graph
@@ -726,10 +728,11 @@ def train(args):
         progress = tqdm(range(first_iteration, num_iterations), initial=first_iteration, total=num_iterations)
 
         for iteration in progress:
-            lr = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1)
+            remaining = 1 - iteration / num_iterations if args.anneal_lr else 1.0
+            lr = args.learning_rate * remaining
             optimizer.param_groups[0]["lr"].fill_(lr)
             actors.append(copy.deepcopy(agent))
-            slot = iteration % args.buffer_epochs  # the oldest rollout, which the new one overwrites
+            slot = iteration % args.buffer_epochs  # of the oldest rollout; a frozen buffer keeps it
             frozen = args.freeze_buffer_at is not None and global_step >= args.freeze_buffer_at
             episodes = []
 
@@ -754,8 +757,9 @@ def train(args):
 
             # Advantages
             filled = buffer.versions >= 0
-            fresh = [] if frozen else [slot]
-            refresh_advantages(buffer, fresh if args.advantage_source == "stored" else filled, agent, args)
+            newest = torch.zeros_like(filled)
+            newest[slot] = not frozen
+            refresh_advantages(buffer, newest if args.advantage_source == "stored" else filled, agent, args)
 
             # Update
             names = ("obs", "actions", "logprobs", "start_logprobs", "advantages", "returns")
@@ -764,7 +768,8 @@ def train(args):
             for _ in range(args.update_epochs):
                 b_inds = buffer.sample(args.num_minibatches * minibatch_size)
                 for mb_inds in b_inds.split(minibatch_size):
-                    logged.append(gradient_step(agent, optimizer, *(field[mb_inds] for field in batch), args))
+                    minibatch = [field[mb_inds] for field in batch]
+                    logged.append(gradient_step(agent, optimizer, *minibatch, args))
             if not frozen:  # only now, because on fresh data log-ratios must start at 0
                 names = ("obs", "rewards", "dones", "valid")
                 agent.update_statistics(*(getattr(buffer, name)[slot, :-1] for name in names))

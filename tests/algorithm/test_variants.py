@@ -144,6 +144,12 @@ def test_a_method_resumes_as_itself(method, fresh, monkeypatch, tmp_path, capsys
     assert "is a run of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--sapo-tau", "--tis-cap", "--sigma-neg"])
+def test_a_flag_of_a_method_is_checked(flag, fresh, monkeypatch, tmp_path, capsys):
+    assert run(variants, monkeypatch, tmp_path, [*TINY, flag, 0]) == 2
+    assert f"{flag} 0.0: give a number above 0." in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_decoupled_weighs_by_the_policy_that_an_iteration_starts_from(fresh, monkeypatch, tmp_path):
     """Its clip sees a ratio of 1 in the first of four minibatches, and its weight sees the age of the data."""
     seen = []
