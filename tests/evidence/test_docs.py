@@ -37,7 +37,7 @@ def test_anchors_of_links_are_headings():
 
 def test_functions_that_the_details_name_are_in_the_script():
     text = (ROOT / "docs" / "gipo.md").read_text()
-    details = text[text.index("## Implementation details") : text.index("## Results")]
+    details = text[text.index("## Implementation details") : text.index("## The loss in your own PPO")]
     named = set(re.findall(r"\(`([\w.]+)`\)", details))
     tree = ast.parse((ROOT / "gipo_continuous.py").read_text())
     known = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
