@@ -12,6 +12,7 @@ import json
 import time
 
 import gymnasium as gym
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
@@ -56,8 +57,10 @@ def main():
     parser.add_argument("--batch", type=int, default=128, help="transitions per gradient step (64 to 4096)")
     parser.add_argument("--epochs", type=int, default=10, help="passes over a rollout (1 to 10)")
     parser.add_argument("--iterations", type=int, default=15, help="iterations to time (1 to 100)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (1 to the number of cores)")
     args = parser.parse_args()
 
+    torch.set_num_threads(args.threads)
     envs, policy = make_envs(args.env_id, args.envs)
     model = PPO(policy, envs, n_steps=args.steps, batch_size=args.batch, n_epochs=args.epochs, seed=1, device="auto")
     clock, batch = Clock(), args.envs * args.steps

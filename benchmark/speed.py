@@ -159,7 +159,7 @@ def command(title: str) -> list[str]:
     _, args, iterations = flags_of(title.removesuffix(PEER))
     batch_size = args.num_envs * args.num_steps // args.num_minibatches
     numbers = {"envs": args.num_envs, "steps": args.num_steps, "epochs": args.update_epochs, "batch": batch_size}
-    numbers["iterations"] = iterations
+    numbers |= {"iterations": iterations, "threads": args.num_threads}
     words = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
     return [str(PEERS), "benchmark/sb3_speed.py", "--env-id", args.env_id, *words]
 
