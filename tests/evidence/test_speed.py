@@ -67,14 +67,14 @@ def test_an_iteration_has_each_of_its_parts_once(untouched, monkeypatch):
     assert taken == {"environment": 12, "refresh": 30, "update": 300, "rest": 0, "time": 342}
 
 
-def test_the_peer_takes_gradient_steps_of_the_same_number_and_size(monkeypatch, capsys):
+def test_the_peer_takes_gradient_steps_of_the_same_number_and_size_with_as_many_threads(monkeypatch, capsys):
     found = {title: " ".join(speed.command(title)) for title in speed.TITLES if title.endswith(speed.PEER)}
     assert len(found) == 4
     assert not found.keys() & set(get_args(get_type_hints(speed.Args)["measure"]))  # they run in another environment
     shape = "--env-id HalfCheetah-v5 --envs 8 --steps 256 --epochs 10"
-    assert found["HalfCheetah, Stable-Baselines3"].endswith(f"{shape} --batch 128 --iterations 15")
+    assert found["HalfCheetah, Stable-Baselines3"].endswith(f"{shape} --batch 128 --iterations 15 --threads 1")
     small = found["HalfCheetah, 10 x 32 minibatches of 64, Stable-Baselines3"]
-    assert small.endswith(f"{shape} --batch 64 --iterations 15")
+    assert small.endswith(f"{shape} --batch 64 --iterations 15 --threads 1")
     assert "--envs 16 --steps 64 --epochs 4 --batch 256" in found["MiniGrid Fetch, Stable-Baselines3"]
     monkeypatch.setattr(speed, "PEERS", Path("nowhere"))
     assert speed.main(speed.Args(only="Stable-Baselines3")) == 0
