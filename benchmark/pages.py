@@ -155,11 +155,16 @@ def staleness() -> Texts:
     texts = dial_texts("staleness", one, returns, "rollouts K in the replay buffer")
     own_best = table[~table.line.isin(ONE_SETTING) | (table.line == GIPO)]
     texts["staleness-best"], texts["staleness-best-differences"] = score_table(own_best), difference_table(own_best)
-    return texts | headline(one)
+    return texts | headline(one, returns)
 
 
-def headline(table: pd.DataFrame) -> Texts:
-    """GIPO minus PPO-clip, and minus the best other method on old data, in all tasks and in each."""
+def headline(table: pd.DataFrame, returns: pd.DataFrame) -> Texts:
+    """GIPO next to PPO-clip and to the best other method on old data: scores, differences, and returns of each task.
+
+    The figure has GIPO, PPO-clip and plain IS.
+    """
+    simple = table[table.line.isin([GIPO, CLIP, name("plain_is")])]
+    against(all_and_each(simple), FIGURES / "headline.png", "rollouts K in the replay buffer", SCORE)
     old = table[table.x > 1]
     means = {line: iqm_interval(values(own))[0] for line, own in old.groupby("line") if line not in (GIPO, CLIP)}
     rivals = [CLIP, *sorted(means, key=means.get)[-1:]]
@@ -171,7 +176,20 @@ def headline(table: pd.DataFrame) -> Texts:
             cells.setdefault(f"GIPO minus {line}, K = {k}", {})[task] = bold_difference(*pair)
             said += [verdict(*pair, f"K = {k}")] if task == "all tasks" else []
     n = runs_per_task(table[table.line == GIPO])
-    return {"headline": markdown(pd.DataFrame(cells).assign(n=n)), "headline-verdict": " ".join(filter(None, said))}
+    texts = {"headline": markdown(pd.DataFrame(cells).assign(n=n)), "headline-verdict": " ".join(filter(None, said))}
+    shown = [GIPO, *rivals]
+    texts["headline-scores"] = score_table(table[table.line.isin(shown)])
+    by_task = returns[returns.line.isin(shown)]
+    by_task = by_task.assign(line=by_task.line + ", K = " + by_task.x.astype(str), x=by_task.env_id.map(short))
+    return texts | {"headline-returns": return_table(by_task)}
+
+
+def return_table(table: pd.DataFrame, column: str = "final_return", digits: int = 0) -> str:
+    """Interquartile means of a column with their intervals by line and `x`, which tells tasks apart; random actions."""
+    cells = in_cells(table, lambda own: number(iqm_interval(values(own)), digits))
+    tasks = table.groupby("x").env_id.first()
+    cells.loc["random actions"] = tasks.map(random_actions(column)).dropna().map(f"{{:.{digits}f}}".format)
+    return markdown(cells)
 
 
 def updates() -> Texts:
@@ -247,12 +265,9 @@ def by_task(experiment: str, column: str = "final_return", digits: int = 0, dial
     """Figure of returns, and tables of a column next to random actions."""
     table = of_each_task(experiment, column, dial)
     draw_each_task(table, FIGURES / f"{experiment}.png")
-    cells, random = in_cells(table, lambda own: number(iqm_interval(values(own)), digits)), random_actions(column)
-    tasks = table.groupby("x").env_id.first()
-    cells.loc["random actions"] = tasks.map(random).dropna().map(f"{{:.{digits}f}}".format)
     gipo = table.line[table.method == "gipo"]
     differences = difference_table(table, gipo.iloc[0], digits) if len(gipo) else ""
-    return {experiment: markdown(cells), f"{experiment}-differences": differences}
+    return {experiment: return_table(table, column, digits), f"{experiment}-differences": differences}
 
 
 def million() -> Texts:

@@ -37,7 +37,8 @@ def between(name):
 
 def marked(*names):
     ends = ("", "-differences", "-details", "-best", "-best-differences")
-    return [name + end for name in names for end in ends] + ["headline", "headline-verdict", "provenance"]
+    headline = ["headline" + end for end in ("", "-verdict", "-scores", "-returns")]
+    return [name + end for name in names for end in ends] + headline + ["provenance"]
 
 
 def score(one):
@@ -100,6 +101,11 @@ def test_tables_of_staleness(results, folder):
     np.testing.assert_allclose(middles(headline, "Hopper"), [-0.1, 0.1, 0.6, 0.2, 0.8, 0.4], atol=0.06)
     said = re.sub(r"\(.*?\)", "()", text(page, "headline-verdict")).split(". ")
     assert said[0] == "K = 1: PPO-clip beats GIPO ()" and said[3] == "K = 8: GIPO beats SAPO ()"
+    scores, returns = text(page, "headline-scores"), text(page, "headline-returns")
+    assert middles(scores, "GIPO") == middles(table, "GIPO") and len(scores.splitlines()) == 2 + 3
+    np.testing.assert_allclose(middles(returns, "GIPO, K = 8"), [870, 452, 270], rtol=0.04)  # 0.9 of the scale
+    assert cells(returns, "random actions") == ["-300", "20", "0", ""] and len(returns.splitlines()) == 2 + 9 + 1
+    assert (folder / "figures" / "headline.png").exists()
     assert page.startswith("before\n") and page.endswith("after\n")
 
 
@@ -207,9 +213,8 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
             lines = found[name + end].splitlines()
             assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1, name + end
             assert not re.search(r"\bnan\b|None", found[name + end]), name + end
-    assert {path.stem for path in (everything / "figures").iterdir()} == {
-        section.__name__.replace("_", "-") for section in pages.SECTIONS
-    } - {"tune"}
+    drawn = {section.__name__.replace("_", "-") for section in pages.SECTIONS} - {"tune"} | {"headline"}
+    assert {path.stem for path in (everything / "figures").iterdir()} == drawn
     assert len(found["tune"].splitlines()) == 2 + 6
     assert len(found["tune-details"].splitlines()) == 2 + sum(map(len, tuning.finalists().values()))
     assert cells(found["tune"], "GIPO")[0].startswith("`--learning-rate 0.001 --ratio ")
