@@ -6,8 +6,8 @@ mu is the behaviour policy, which acted some updates ago in another process or o
 under V-trace's value targets. No gradient flows through w.
 
     pip install -r requirements-rllib.txt                         # in its own virtual environment
-    python gipo_rllib.py                                          # CartPole, two actors on this machine
-    python gipo_rllib.py --env-id Pendulum-v1 --buffer-batches 32
+    python gipo_rllib.py --reward-scale 0.1                       # CartPole, two actors on this machine
+    python gipo_rllib.py --env-id Pendulum-v1 --reward-scale 0.01 --buffer-batches 32
     python gipo_rllib.py --env-id ALE/Pong-v5 --num-env-runners 32 --num-learners 1 --num-gpus 1 --address auto
     python gipo_rllib.py --resume runs/RUN
     tensorboard --logdir runs
@@ -98,7 +98,8 @@ class Args:
     learning_rate: float = 5e-4
     """Adam's step size (1e-4 to 1e-3)"""
     reward_scale: float = 1.0
-    """factor on the rewards that are learned from, to bring returns to an order of 10; logged returns are unscaled"""
+    """factor on the rewards that are learned from, to bring discounted returns to an order of 10 (0.001 to 1).
+    Logged returns are unscaled"""
     gamma: float = 0.99
     """discount factor (0.9 to 0.999)"""
     norm_adv: bool = True

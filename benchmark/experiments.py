@@ -164,7 +164,7 @@ def distributed(surrogate: str, env_id: str, seed: int, rate: float, reuse: int,
     """A run of RLlib with two actors: GIPO's loss with a KL term, or APPO's loss without one."""
     flags = {"surrogate": surrogate, "env_id": env_id, "seed": seed, "buffer_reuse": reuse, "learning_rate": rate}
     flags |= {"kl_coef": 0.1 if surrogate == "gipo" else 0, "total_timesteps": 100_000}
-    flags |= {"reward_scale": 0.01} if env_id == "Pendulum-v1" else {}
+    flags["reward_scale"] = {"CartPole-v1": 0.1, "Pendulum-v1": 0.01}[env_id]
     return Run(surrogate, "gipo_rllib.py", flags, line, RLLIB)
 
 
