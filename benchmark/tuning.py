@@ -2,8 +2,9 @@
 
 Every method has three bandwidths, six KL terms and both units of the ratio. Round one compares the KL terms and units,
 with the middle bandwidth and old data. Round two tries the best quarter of them with each bandwidth, on fresh and on
-old data, at the length that is reported. Round three repeats the best of round two, and the two rounds together make
-the choice. Each round has a seed of its own. The tasks are those that are reported, the seeds are not.
+old data, at the length that is reported; where the best one is at an edge, also what lies beyond. Round three repeats
+the best of round two, and the two rounds together make the choice. Each round has a seed of its own. The tasks are
+those that are reported, the seeds are not.
 
 Runs are compared by ranks, because the returns of HalfCheetah differ by so much that one lucky run would decide.
 """
@@ -41,7 +42,6 @@ def both(settings: list[dict]) -> dict[str, list[dict]]:
     return dict.fromkeys(WIDTHS, settings)
 
 
-# by method and unit of the ratio, in order; if a choice lies at an edge, add one value there
 BANDWIDTHS: dict[str, dict[str, list[dict]]] = {
     "gipo": {ratio: [{"sigma": width} for width in widths] for ratio, widths in WIDTHS.items()},
     "clip": both([{"clip_coef": eps} for eps in (0.1, 0.2, 0.4)]),
@@ -51,12 +51,19 @@ BANDWIDTHS: dict[str, dict[str, list[dict]]] = {
     "plain_is": both([{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)]),  # it has no bandwidth
 }
 METHODS = tuple(BANDWIDTHS)
+# settings beyond the grid, next to the best ones of round two; rounds two and three try them too
+WIDER: dict[str, list[dict]] = {}
+
+
+def grid(method: str) -> list[dict]:
+    """The flags of a method, of a grid with one shape for all methods."""
+    bands = [(ratio, band) for ratio, known in BANDWIDTHS[method].items() for band in known]
+    return [{"learning_rate": RATE, "ratio": ratio, **band, **kl} for ratio, band in bands for kl in KL_TERMS]
 
 
 def settings(method: str) -> list[dict]:
     """All flags that a method is tried with."""
-    bands = [(ratio, band) for ratio, known in BANDWIDTHS[method].items() for band in known]
-    return [{"learning_rate": RATE, "ratio": ratio, **band, **kl} for ratio, band in bands for kl in KL_TERMS]
+    return grid(method) + WIDER.get(method, [])
 
 
 def words(flags: dict) -> str:
@@ -65,11 +72,12 @@ def words(flags: dict) -> str:
 
 
 def at_an_edge(method: str, flags: dict) -> bool:
-    """Whether the bandwidth or the KL weight of a setting is the last of its list. A weight of 0 is no edge."""
-    bands = BANDWIDTHS[method][flags["ratio"]]
-    own = [i for i, band in enumerate(bands) if band.items() <= flags.items()]
-    weights = [term["kl_coef"] for term in KL_TERMS if term.get("kl_to") == flags.get("kl_to")]
-    return own[0] in (0, len(bands) - 1) or flags["kl_coef"] == max(weights) > 0
+    """Whether no setting with this unit of the ratio has a bandwidth or a KL weight beyond. A weight of 0 is no edge."""
+    alike = [other for other in settings(method) if other["ratio"] == flags["ratio"]]
+    dial = next(iter(BANDWIDTHS[method][flags["ratio"]][0]))
+    bands = [other[dial] for other in alike]
+    weights = [other["kl_coef"] for other in alike if other.get("kl_to") == flags.get("kl_to")]
+    return flags[dial] in (min(bands), max(bands)) or flags["kl_coef"] == max(weights) > 0
 
 
 def is_middle(method: str, flags: dict) -> bool:
@@ -89,7 +97,7 @@ def trials(method: str, flags: dict, seed: int, steps: int, sizes: Iterable[int]
 
 @cache
 def round_one() -> tuple[Run, ...]:
-    tried = [(method, flags) for method in METHODS for flags in settings(method) if is_middle(method, flags)]
+    tried = [(method, flags) for method in METHODS for flags in grid(method) if is_middle(method, flags)]
     return tuple(one for method, flags in tried for one in trials(method, flags, SEEDS[0], STEPS[0], SIZES[-1:]))
 
 
@@ -99,8 +107,9 @@ def round_two() -> list[Run]:
     for method in METHODS:
         terms = ranking(known[known.method == method]).index
         best = terms[: math.ceil(len(terms) / 4)]
-        kept = [flags for flags in settings(method) if words(flags) in best]
-        tried = [flags for flags in settings(method) if any(same_term(flags, other) for other in kept)]
+        kept = [flags for flags in grid(method) if words(flags) in best]
+        tried = [flags for flags in grid(method) if any(same_term(flags, other) for other in kept)]
+        tried += WIDER.get(method, [])
         runs += [one for flags in tried for one in trials(method, flags, SEEDS[1], STEPS[1], SIZES)]
     return runs
 

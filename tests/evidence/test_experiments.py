@@ -24,6 +24,7 @@ ELSEWHERE = ("peers", "rllib", "rllib-tune", "llm", "llm-tune", "llm-rates")  # 
 @pytest.fixture(autouse=True)
 def rows(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "ROWS", tmp_path / "rows")
+    monkeypatch.setattr(tuning, "WIDER", {})
     synthetic.write_random(ZERO | {"CartPole-v1": 20, "Pendulum-v1": -1200})
 
 
@@ -119,6 +120,16 @@ def test_an_edge():
     assert tuning.at_an_edge("gipo", BEST | {"kl_coef": 0.3})
     plain = {"learning_rate": 1e-3, "ratio": "action", "kl_coef": 0.0}
     assert not tuning.at_an_edge("plain_is", plain) and tuning.at_an_edge("plain_is", plain | {"learning_rate": 2e-3})
+
+
+def test_what_lies_beyond_an_edge_is_tried_from_round_two_on(monkeypatch):
+    narrow = BEST | {"sigma": 0.15}
+    monkeypatch.setattr(tuning, "WIDER", {"gipo": [narrow]})
+    tuned_rows(lambda run: 0.8 if fits(run, **narrow) else 0.6 if fits(run, **BEST | {"sigma": 0.3}) else 0.3)
+    assert len(tuning.round_one()) == 216 and len(tuning.round_two()) == 6 * 9 * 6 + 6
+    assert tuning.choice("gipo") == narrow and tuning.at_an_edge("gipo", narrow)
+    assert not tuning.at_an_edge("gipo", BEST | {"sigma": 0.3})
+    assert not tuning.at_an_edge("gipo", BEST | {"sigma": 0.5})
 
 
 @pytest.fixture
