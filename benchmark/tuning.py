@@ -72,7 +72,7 @@ def words(flags: dict) -> str:
 
 
 def at_an_edge(method: str, flags: dict) -> bool:
-    """Whether no setting with this unit of the ratio has a bandwidth or a KL weight beyond. A weight of 0 is no edge."""
+    """Whether no setting of this unit of the ratio has a bandwidth or a KL weight beyond. A weight of 0 is no edge."""
     alike = [other for other in settings(method) if other["ratio"] == flags["ratio"]]
     dial = next(iter(BANDWIDTHS[method][flags["ratio"]][0]))
     bands = [other[dial] for other in alike]
