@@ -51,14 +51,43 @@ BANDWIDTHS: dict[str, dict[str, list[dict]]] = {
     "plain_is": both([{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)]),  # it has no bandwidth
 }
 METHODS = tuple(BANDWIDTHS)
-# settings beyond the grid, next to the best ones of round two; rounds two and three try them too
-WIDER: dict[str, list[dict]] = {}
+
+
+def setting(ratio: str, band: dict, kl: dict) -> dict:
+    return {"learning_rate": RATE, "ratio": ratio, **band, **kl}
+
+
+def pull(weight: float, to: str) -> dict:
+    return {"kl_coef": weight, "kl_to": to}
+
+
+# settings beyond the grid, next to the best one of round two; rounds two and three try them too
+WIDER: dict[str, list[dict]] = {
+    "gipo": [
+        setting("action", {"sigma": 0.25}, pull(0.1, "behaviour")),
+        setting("action", {"sigma": 0.5}, pull(0.3, "behaviour")),
+    ],
+    "clip": [setting("dimension", {"clip_coef": 0.8}, {"kl_coef": 0.0})],
+    "sapo": [
+        setting("action", gate(4.0), pull(0.1, "behaviour")),
+        setting("action", gate(2.0), pull(0.3, "behaviour")),
+    ],
+    "tis": [
+        setting("action", {"tis_cap": 0.5}, pull(0.3, "current")),
+        setting("action", {"tis_cap": 1.0}, pull(1.0, "current")),
+    ],
+    "decoupled": [setting("dimension", {"clip_coef": 0.2, "tis_cap": 2.0}, pull(1.0, "current"))],
+    "plain_is": [
+        setting("dimension", {"learning_rate": 2.5e-4}, pull(0.1, "behaviour")),
+        setting("dimension", {"learning_rate": 5e-4}, pull(0.3, "behaviour")),
+    ],
+}
 
 
 def grid(method: str) -> list[dict]:
     """The flags of a method, of a grid with one shape for all methods."""
     bands = [(ratio, band) for ratio, known in BANDWIDTHS[method].items() for band in known]
-    return [{"learning_rate": RATE, "ratio": ratio, **band, **kl} for ratio, band in bands for kl in KL_TERMS]
+    return [setting(ratio, band, kl) for ratio, band in bands for kl in KL_TERMS]
 
 
 def settings(method: str) -> list[dict]:
@@ -144,8 +173,9 @@ def ranks(plan: Iterable[Run]) -> pd.DataFrame:
 
 
 def ranking(table: pd.DataFrame) -> pd.Series:
-    """Mean values of settings, the best first."""
-    return table.groupby("line").value.mean().sort_values(ascending=False)
+    """Mean values of settings, the best first. Equal ones stand in the order of their names, from the last on."""
+    means = table.groupby("line").value.mean().round(9).sort_index(ascending=False)
+    return means.sort_values(ascending=False, kind="stable")
 
 
 def plan() -> list[Run]:
