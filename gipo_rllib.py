@@ -194,7 +194,7 @@ def diagnostics(logratio, advantages, args):
     absolute = logratio.abs().flatten()
     weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could underflow
     return {
-        # exp(88) is the end of float32
+        # at most exp(20), because float32 ends at exp(88) and a mean of such numbers says nothing
         "losses/approx_kl": (joint.clamp(max=20).exp() - 1 - joint).mean(),
         "losses/clipfrac": ((logratio.exp() - 1).abs() > 0.2).float().mean(),
         # kthvalue, because torch.quantile takes 2**24 samples at most
