@@ -201,6 +201,7 @@ class Args:
 
 # numbers that may be 0; all others must be larger
 MAY_BE_ZERO = ("seed", "eval_episodes", "gamma", "gae_lambda", "ent_coef", "vf_coef", "kl_coef", "policy_lag")
+MAY_BE_ZERO += ("sticky_actions",)  # of Atari
 
 
 class InputError(ValueError):
@@ -309,7 +310,7 @@ def compute_gae(rewards, values, ratios, terminated, dones, gamma, gae_lambda):
 
 @torch.no_grad()
 def refresh_advantages(buffer, slots, agent, args):
-    """Recompute values and log-probabilities of the whole buffer, and the advantages of `slots`, (K,) bool."""
+    """Recompute values and log-probabilities of the whole buffer, and the advantages where `slots`, (K,), is true."""
     count = int((buffer.versions >= 0).sum())  # slots are filled in order
     obs, actions = buffer.obs[:count].flatten(0, 2), buffer.actions[:count].flatten(0, 2)
     chunks = [agent.get_action_and_value(*chunk) for chunk in zip(obs.split(1024), actions.split(1024))]
@@ -329,8 +330,7 @@ def refresh_advantages(buffer, slots, agent, args):
 def seed_everything(seed, stream):
     """Seed all generators; returns the seed of the first environment.
 
-    `stream` is the iteration that a run starts or resumes with, or 10**9 for the evaluation. The seeds of two streams
-    are hashed apart.
+    `stream` is the iteration that a run starts or resumes with, or 10**9 for the evaluation, and has its own seed.
     """
     # 30 bits, because seed + i must fit ALE's 31
     seed = int(np.random.SeedSequence([seed, stream]).generate_state(1)[0]) // 4

@@ -2,9 +2,9 @@
 
 Every method has three bandwidths, six KL terms and both units of the ratio. Round one compares the KL terms and units,
 with the middle bandwidth and old data. Round two tries the best quarter of them with each bandwidth, on fresh and on
-old data, at the length that is reported; where the best one is at an edge, also what lies beyond. Round three repeats
-the best of round two, and the two rounds together make the choice. Each round has a seed of its own. The tasks are
-those that are reported, the seeds are not.
+old data, at the length that is reported; then, once, what lies beyond where the best one is at an edge. Round three
+repeats the best of round two, and the two rounds together make the choice. Each round has a seed of its own. The tasks
+are those that are reported, the seeds are not.
 
 Runs are compared by ranks, because the returns of HalfCheetah differ by so much that one lucky run would decide.
 """
@@ -101,11 +101,11 @@ def words(flags: dict) -> str:
 
 
 def at_an_edge(method: str, flags: dict) -> bool:
-    """Whether no setting of this unit of the ratio has a bandwidth or a KL weight beyond. A weight of 0 is no edge."""
-    alike = [other for other in settings(method) if other["ratio"] == flags["ratio"]]
+    """Whether no setting goes beyond this one in its bandwidth alone, or in its KL weight alone, if that is not 0."""
     dial = next(iter(BANDWIDTHS[method][flags["ratio"]][0]))
-    bands = [other[dial] for other in alike]
-    weights = [other["kl_coef"] for other in alike if other.get("kl_to") == flags.get("kl_to")]
+    bands = [other[dial] for other in settings(method) if same_term(other, flags)]
+    alike = [other for other in settings(method) if other | {"kl_coef": 0} == flags | {"kl_coef": 0}]
+    weights = [other["kl_coef"] for other in alike]
     return flags[dial] in (min(bands), max(bands)) or flags["kl_coef"] == max(weights) > 0
 
 
@@ -200,11 +200,13 @@ def results_in(state: tuple) -> pd.DataFrame:
 def choice(method: str, k: int | None = None, **same) -> dict:
     """The flags that are best for K = 1 and 8 together, or for this K; of those that have `same` flags if given.
 
-    If the last rounds have no setting with these flags, an earlier one decides.
+    If the last rounds have no setting with these flags, an earlier one decides; round one has K = 8 alone.
     """
     allowed = {words(flags): flags for flags in settings(method) if same.items() <= flags.items()}
     for known in (results(), ranks(round_two()), ranks(round_one())):
         found = known[(known.method == method) & known.line.isin(allowed)]
+        if k in found.buffer_epochs.values:
+            found = found[found.buffer_epochs == k]
         if len(found):
             break
-    return allowed[ranking(found if k is None else found[found.buffer_epochs == k]).index[0]]
+    return allowed[ranking(found).index[0]]

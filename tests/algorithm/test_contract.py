@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from typing import get_args
 
 import pytest
 from harness import DOMAIN_OF, GIPO, ROOT, SCRIPTS, source
@@ -100,6 +101,19 @@ def test_the_diff_to_the_baseline_is_the_method(name, tmp_path):
 def test_defaults_of_the_dials(cls, expected):
     expected |= {"buffer_epochs": 1, "policy_lag": 0, "freeze_buffer_at": None, "advantage_source": "vtrace"}
     assert vars(cls()).items() >= (expected | {"kl_to": "current"}).items()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_the_help_allows_to_be_0_may_be_0(name):
+    module = SCRIPTS[name]
+    flag = r'^    (\w+): (?:int|float)\b.* = .*\n    """([^"]*)"""'
+    texts = dict(re.findall(flag, source(name), re.MULTILINE))
+    zeros = [flag for flag, text in texts.items() if re.search(r"[(\s]0 (to|or|is|plays)\b", text)]
+    assert {"ent_coef", "kl_coef", "policy_lag", "eval_episodes"} <= set(zeros)
+    assert ("sticky_actions" in zeros) == hasattr(module, "Atari")
+    for domain in get_args(module.Domain) or [module.Domain]:
+        for flag in set(zeros) & vars(domain()).keys():
+            module.check_flags(domain(**{flag: 0}))
 
 
 def test_no_script_imports_ours():

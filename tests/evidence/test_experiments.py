@@ -114,6 +114,7 @@ def test_a_unit_that_round_two_has_not_tried_is_chosen_by_round_one():
     assert {one.flags["ratio"] for one in tuning.round_two()} == {"dimension"}
     found = tuning.choice("gipo", ratio="action")
     assert found["sigma"] == 1.0 and found["kl_coef"] == 0.03
+    assert tuning.choice("gipo", 1, ratio="action") == found
 
 
 def test_an_edge():
@@ -131,7 +132,10 @@ def test_what_lies_beyond_an_edge_is_tried_from_round_two_on(monkeypatch):
     assert len(tuning.round_one()) == 216 and len(tuning.round_two()) == 6 * 9 * 6 + 6
     assert tuning.choice("gipo") == narrow and tuning.at_an_edge("gipo", narrow)
     assert not tuning.at_an_edge("gipo", BEST | {"sigma": 0.3})
-    assert not tuning.at_an_edge("gipo", BEST | {"sigma": 0.5})
+    assert tuning.at_an_edge("gipo", BEST | {"sigma": 0.3, "kl_coef": 0.03})  # with this term nothing lies beyond
+    monkeypatch.setattr(tuning, "WIDER", {"gipo": [BEST | {"kl_coef": 1.0}]})
+    assert not tuning.at_an_edge("gipo", BEST | {"kl_coef": 0.3})
+    assert tuning.at_an_edge("gipo", BEST | {"kl_coef": 0.3, "sigma": 0.3})
 
 
 @pytest.fixture
