@@ -337,6 +337,7 @@ def llm_rates() -> Texts:
 def tune() -> Texts:
     """The choice of each method for both K and for each, with its mean rank; and all settings of the last rounds."""
     table = tuning.results().assign(x=lambda own: "K = " + own.buffer_epochs.astype(str))
+    measurements.name_different_code(table, "tune")
     cells, details = {}, []
     for method in tuning.METHODS:
         own = table[table.method == method]
