@@ -184,7 +184,7 @@ def diagnostics(logratio, advantages, args):
     """Scalars: how far pi is from the behaviour policies, and how many samples still have a gradient.
 
     logratio is (B, D) and advantages (B, 1). The gradient of the policy loss is -c A grad log pi / B for each ratio;
-    autograd finds the coefficient c, whatever the loss.
+    autograd finds the coefficient c of any loss that is proportional to |A| and summed as policy_loss is.
     """
     sign = torch.where(advantages > 0, 1.0, -1.0)
     x = logratio.clone().requires_grad_()
