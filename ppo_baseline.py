@@ -191,7 +191,7 @@ class Args:
     vtrace: recompute them, and correct them for the drift of the policy since collection"""
 
     clip_coef: float = 0.2
-    """how far the advantage may push the ratio from 1 before the gradient stops (0.1 to 0.3)"""
+    """how far the advantage may push the ratio from 1 before the gradient stops (0.1 to 0.4)"""
     kl_coef: float = 0.0
     """weight of the KL term (0 to 0.3)"""
     kl_to: Literal["behaviour", "current"] = "current"
@@ -659,11 +659,13 @@ class Continuous(Args):
 
     env_id: str = "HalfCheetah-v5"
     num_steps: int = 256
-    learning_rate: float = 3e-4
     update_epochs: int = 10
     num_minibatches: int = 16
-    ratio: Literal["action", "dimension"] = "action"
+    ratio: Literal["action", "dimension"] = "dimension"
     """importance ratio of a whole action, or one for each of its dimensions"""
+    # tuned on HalfCheetah, Hopper and Walker2d, with K = 1 and 8
+    learning_rate: float = 1e-3
+    clip_coef: float = 0.4
 
 
 # -------------------------------------------------- MiniGrid vision ---------------------------------------------------

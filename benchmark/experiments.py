@@ -40,7 +40,8 @@ STEPS = 150_000
 FREEZE_AT = 24 * 2048  # so that 24 rollouts of 2048 steps hold all that was collected before
 MILLION = 1_000_000
 EVALUATED = {"eval_episodes": 20}  # measures the policy that learns, which is not always the one that acts
-CLEANRL = {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32, "learning_rate": 3e-4, "clip_coef": 0.2}
+CLEANRL = {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32}
+CLEANRL |= {"learning_rate": 3e-4, "clip_coef": 0.2, "ratio": "action"}
 RLLIB_RATES = (5e-4, 1e-3)
 LLM_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 

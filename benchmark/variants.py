@@ -110,6 +110,7 @@ class Variant(ppo_baseline.Continuous):
     exp_name: str = "variants"
     method: Literal[*LOSSES] = "gipo"
     """policy loss"""
+    clip_coef: float = 0.2
     sigma: float = 0.5
     """gipo, asymmetric, one_sided: width of the Gaussian weight on the log-ratio (0.2 to 2)"""
     sigma_neg: float = 0.25
