@@ -17,7 +17,7 @@ from scipy.stats import norm
 from analysis.coefficients import coefficients, loss, make_folder
 from benchmark import methods
 
-# at the defaults of the scripts, and GIPO once more with a wider weight
+# at the defaults of benchmark/variants.py, and GIPO with the width of gipo_continuous.py
 LINES = [(method, {}) for method in ("plain_is", "clip", "dual_clip", "sapo", "tis", "spo", "gipo")]
 LINES += [("gipo", {"sigma": 1.0})]
 

@@ -12,6 +12,7 @@ from harness import ROOT
 from scipy.stats import norm
 
 import gipo_continuous
+import gipo_minigrid_vision
 import ppo_baseline
 from benchmark import variants
 
@@ -190,19 +191,21 @@ def test_shares_of_a_stale_batch(functions, s):
 
 # ------------------------------------------------ what the text says ------------------------------------------------
 def test_defaults_flags_and_numbers_in_the_text(open_page):
-    page, args = open_page(), gipo_continuous.Continuous()
+    page, args, continuous = open_page(), gipo_minigrid_vision.Minigrid(), gipo_continuous.Continuous()
     defaults = page.evaluate("gipo.DEFAULTS")
     for control in page.locator(".curves-area input[type=range]").all():
         name = control.get_attribute("id")
         assert float(control.input_value()) == defaults["clip_coef" if name == "eps" else name]
     assert page.get_by_role("switch").evaluate_all("switches => switches.every(s => s.checked)")
-    assert defaults.pop("kl_coef") == args.kl_coef == 0.1 and ppo_baseline.Continuous().kl_coef == 0
+    assert defaults.pop("kl_coef") == args.kl_coef == 0.1
+    assert f"0.1, or {continuous.kl_coef} in continuous control" in " ".join(page.inner_text("main").split())
+    assert ppo_baseline.Minigrid().kl_coef == ppo_baseline.Continuous().kl_coef == 0
     assert defaults == {flag: getattr(variants.Variant(), flag) for flag in defaults}
-    assert (args.sigma, args.kl_to, args.ratio) == (defaults["sigma"], "current", "dimension")
+    assert (args.sigma, args.kl_to, continuous.ratio) == (defaults["sigma"], "current", "dimension")
     flags = [code.split() for code in page.locator("code").all_text_contents() if code.startswith("--")]
     assert flags == [["--ratio", "dimension"], ["--kl-coef"], ["--kl-to", "behaviour"], ["--kl-to", "current"]]
     for flag, *value in flags:
-        assert {*value} <= {*get_args(get_type_hints(type(args))[flag[2:].replace("-", "_")])}
+        assert {*value} <= {*get_args(get_type_hints(type(continuous))[flag[2:].replace("-", "_")])}
 
     numbers = [f"{100 * weight:.0f} %" for weight in call(page, "weight", "gipo", [0.5, 1.0, 1.5], 1)]
     numbers += [f"{call(page, 'bound', 'gipo', sigma=sigma):.2f}" for sigma in (0.5, 1)]
