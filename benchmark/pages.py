@@ -334,6 +334,11 @@ def llm_rates() -> Texts:
 
 
 # -------------------------------------------------------- Tuning -----------------------------------------------------
+def shorter(flags: str) -> str:
+    """Without the learning rate that all methods but one have."""
+    return flags.removeprefix(f"--learning-rate {tuning.RATE:g} ")
+
+
 def tune() -> Texts:
     """The choice of each method for both K and for each, with its mean rank; and all settings of the last rounds."""
     table = tuning.results().assign(x=lambda own: "K = " + own.buffer_epochs.astype(str))
@@ -346,9 +351,10 @@ def tune() -> Texts:
             best = tuning.ranking(known)
             flags = next(flags for flags in tuning.settings(method) if tuning.words(flags) == best.index[0])
             edge = ", at an edge" if tuning.at_an_edge(method, flags) else ""
-            cells.setdefault(place, {})[name(method)] = f"`{best.index[0]}` ({best.iloc[0]:.2f}{edge})"
+            cells.setdefault(place, {})[name(method)] = f"`{shorter(best.index[0])}` ({best.iloc[0]:.2f}{edge})"
         known = own.pivot_table("value", "line", "x").assign(both=own.groupby("line").value.mean())
-        details.append(known.set_index(name(method) + " `" + known.index + "`").sort_values("both", ascending=False))
+        known.index = name(method) + " `" + known.index.map(shorter) + "`"
+        details.append(known.sort_values("both", ascending=False).rename_axis(None))
     return {"tune": markdown(pd.DataFrame(cells)), "tune-details": markdown(pd.concat(details).map("{:.2f}".format))}
 
 

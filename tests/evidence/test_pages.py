@@ -217,7 +217,7 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     assert {path.stem for path in (everything / "figures").iterdir()} == drawn
     assert len(found["tune"].splitlines()) == 2 + 6
     assert len(found["tune-details"].splitlines()) == 2 + sum(map(len, tuning.finalists().values()))
-    assert cells(found["tune"], "GIPO")[0].startswith("`--learning-rate 0.001 --ratio ")
+    assert cells(found["tune"], "GIPO")[0].startswith("`--ratio ")
     assert len(found["updates"].splitlines()) == 2 + 9 and "GIPO, K = 8 minus K = 1, 40 epochs" in page
     assert len(found["ablation"].splitlines()) == 2 + 10 + 1
     assert len(found["million"].splitlines()) == 2 + 7 + 1  # six lines of methods, no flags, random actions
