@@ -3,8 +3,8 @@
 Every method has three bandwidths, six KL terms and both units of the ratio. Round one compares the KL terms and units,
 with the middle bandwidth and old data. Round two tries the best quarter of them with each bandwidth, on fresh and on
 old data, at the length that is reported; then, once, what lies beyond where the best one is at an edge. Round three
-repeats the best of round two, and the two rounds together make the choice. Where the choice is at an edge that was not
-widened, both rounds try what lies beyond it too. Each round has a seed of its own. The tasks are those that are
+repeats the best of round two, and the two rounds together make the choice. Where that is at an edge that was not
+widened, round two has what lies beyond it as well. Each round has a seed of its own. The tasks are those that are
 reported, the seeds are not.
 
 Runs are compared by ranks, because the returns of HalfCheetah differ by so much that one lucky run would decide.
@@ -62,7 +62,7 @@ def pull(weight: float, to: str) -> dict:
     return {"kl_coef": weight, "kl_to": to}
 
 
-# settings beyond the grid, next to the best one of round two or to the choice; rounds two and three try them too
+# settings beyond the grid, next to the best one of round two or to the choice; round two has them too
 WIDER: dict[str, list[dict]] = {
     "gipo": [
         setting("action", {"sigma": 0.25}, pull(0.1, "behaviour")),
