@@ -49,7 +49,7 @@ def test_a_batch(monkeypatch, capsys):
         assert row[column] == pytest.approx(np.mean(values), rel=1e-5)
     assert row.final_success == 1 and row.eval_return == pytest.approx(logged["eval/episodic_return"][0][1])
     assert (row.command, row.env_id, row.seed, row.diverged) == (good.command, "probes:Clock-v0", 1, 0)
-    assert (flags["sigma"], flags["kl_to"], flags["num_envs"]) == (0.5, "current", 2)
+    assert (flags["sigma"], flags["kl_to"], flags["num_envs"]) == (1, "current", 2)
     assert row.mean_return == pytest.approx(np.mean([float(x) for x in row.curve.split()]), rel=1e-4)
     flags = json.loads(rows["flags"]["sapo"])
     assert (flags["method"], flags["sapo_tau"], flags["kl_coef"]) == ("sapo", 0.7, 0)
