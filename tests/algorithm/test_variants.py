@@ -172,9 +172,9 @@ def test_decoupled_weighs_by_the_policy_that_an_iteration_starts_from(fresh, mon
 def test_gipo_and_clip_are_the_scripts(fresh, monkeypatch, tmp_path):
     """A seeded run of each ends with the same weights."""
     argv = [*TINY, "--total-timesteps", 64, "--kl-coef", 0.1]
-    gipo, clip = [*argv, "--sigma", 0.7], [*argv, "--clip-coef", 0.3]
-    starts = {"gipo": (gipo_continuous, gipo), "gipo again": (variants, [*gipo, "--method", "gipo"])}
-    starts |= {"clip": (ppo_baseline, ["continuous", *clip]), "clip again": (variants, [*clip, "--method", "clip"])}
+    flags = {"gipo": [*argv, "--sigma", 0.7], "clip": [*argv, "--clip-coef", 0.3]}
+    starts = {"gipo": (gipo_continuous, flags["gipo"]), "clip": (ppo_baseline, ["continuous", *flags["clip"]])}
+    starts |= {f"{method} again": (variants, [*words, "--method", method]) for method, words in flags.items()}
     found = {}
     for name, (script, words) in starts.items():
         assert run(script, monkeypatch, tmp_path / name, words) is None
