@@ -119,7 +119,8 @@ def diagnostics(logratio, advantages, args):
 # ------------------------------------------------------- Flags --------------------------------------------------------
 @dataclass
 class Args:
-    num_threads: ClassVar[int] = 1  # of torch, unless OMP_NUM_THREADS is set; small networks are slower with more
+    # each domain's class, further down, has some defaults of its own
+    num_threads: ClassVar[int] = 1  # of torch; small networks are slower with more
 
     env_id: str = ""
     """environment id; write module:id if a module of yours registers it"""
@@ -238,6 +239,9 @@ def check_flags(args):
             rule = "give 0 or more" if name in MAY_BE_ZERO else "give a number above 0"
             fits = value > 0 or (value == 0 and name in MAY_BE_ZERO)
             require(fits, f"--{name.replace('_', '-')} {value}: {rule}.")
+    for name in ("gamma", "gae_lambda"):
+        value = vars(args)[name]
+        require(value <= 1, f"--{name.replace('_', '-')} {value}: give at most 1.")
     rollout = args.num_steps * args.num_envs
     divides = rollout % args.num_minibatches == 0 and rollout > args.num_minibatches
     rule = f"--num-minibatches {args.num_minibatches}: give a proper divisor of {rollout}, a rollout's size."
@@ -327,6 +331,12 @@ def refresh_advantages(buffer, slots, agent, args):
 
 
 # ----------------------------------------------- Environments, networks -----------------------------------------------
+def set_threads(args):
+    """Give torch the domain's number of threads, unless OMP_NUM_THREADS is set."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(args.num_threads)
+
+
 def seed_everything(seed, stream):
     """Seed all generators; returns the seed of the first environment.
 
@@ -492,8 +502,11 @@ class AtariAgent(nn.Module):
     def scale_rewards(self, rewards):
         return rewards.clamp(-1, 1)
 
-    def update_statistics(self, obs, rewards, dones, valid):
-        """Pixels and clipped rewards need no statistics."""
+    def update_obs_stats(self, obs):
+        """Pixels need no statistics."""
+
+    def update_return_stats(self, rewards, dones, valid):
+        """Clipped rewards need no statistics."""
 
 
 @dataclass
@@ -547,23 +560,33 @@ def save_checkpoint(folder, iteration, args, agent, optimizer, buffer, actors):
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder):
-    """What save_checkpoint saved in a run's folder, on the CPU. Raises InputError if it is missing or damaged."""
+def load_checkpoint(folder, domain):
+    """What save_checkpoint saved in a run's folder, on the CPU; `domain` is the class of its flags.
+
+    Raises InputError if the checkpoint is missing, damaged, or of a run that has other flags.
+    """
     path = Path(folder) / "checkpoint.pt"
     with input_error(f"{folder} has no checkpoint that this script can read"):
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not notice flipped bits
         require(not damaged, f"{path} is damaged.")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    saved = checkpoint["args"]
+    own = vars(domain()).keys() - set(NOT_SAVED)
+    require(saved.keys() == own, f"{folder} is a run of {saved.get('exp_name')}, which has other flags.")
+    return checkpoint
 
 
 def load_agent(folder, domain):
-    """The agent of a run's folder, on the CPU, and the run's flags; `domain` is their class, such as Continuous."""
-    checkpoint = load_checkpoint(folder)
+    """The agent of a run's folder, on the CPU and without gradients, and the run's flags.
+
+    `domain` is the class of the flags, such as Continuous. Raises InputError as load_checkpoint does.
+    """
+    checkpoint = load_checkpoint(folder, domain)
     args = domain(**checkpoint["args"] | {"device": "cpu"})
     with start_envs(args, 1, args.seed) as (envs, _):
         agent = args.Agent(envs, args)
     agent.load_state_dict(checkpoint["agent"])
-    return agent, args
+    return agent.requires_grad_(False), args
 
 
 @torch.no_grad()
@@ -573,6 +596,7 @@ def evaluate(args, weights, video_path):
     `weights` is the agent's state_dict. Each environment plays one episode, because the first N to end would
     over-represent short ones.
     """
+    set_threads(args)
     num_envs = 1 if args.capture_video else args.eval_episodes
     render = {"render_mode": "rgb_array"} if args.capture_video else {}
     playing = np.ones(num_envs, bool)
@@ -625,7 +649,7 @@ def train(args):
     cannot be written. After Ctrl-C or SIGTERM the run is saved, and the program exits.
     """
     check_flags(args)
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    checkpoint = load_checkpoint(args.resume, type(args)) if args.resume else None
     batch_size = args.num_steps * args.num_envs
     minibatch_size = args.minibatch_size or batch_size // args.num_minibatches
     num_iterations = args.total_timesteps // batch_size
@@ -641,6 +665,7 @@ def train(args):
     rule = f"--total-timesteps {args.total_timesteps}: give at least {first_step + batch_size}{reason}."
     require(first_iteration < num_iterations, rule)
 
+    set_threads(args)
     seed = seed_everything(args.seed, first_iteration)
     if args.capture_video:  # to fail now, not after the training
         with start_envs(args, 1, seed, render_mode="rgb_array"):
@@ -723,6 +748,8 @@ def train(args):
             if not frozen:
                 buffer.obs[slot, -1] = next_obs
                 buffer.versions[slot] = iteration - (len(actors) - 1)
+                # before the update: a critic that has learned unscaled rewards misleads the policy for long
+                agent.update_return_stats(buffer.rewards[slot, :-1], buffer.dones[slot, :-1], buffer.valid[slot, :-1])
             global_step += batch_size
 
             # Advantages
@@ -741,8 +768,7 @@ def train(args):
                     minibatch = [field[mb_inds] for field in batch]
                     logged.append(gradient_step(agent, optimizer, *minibatch, args))
             if not frozen:  # only now, because on fresh data log-ratios must start at 0
-                names = ("obs", "rewards", "dones", "valid")
-                agent.update_statistics(*(getattr(buffer, name)[slot, :-1] for name in names))
+                agent.update_obs_stats(buffer.obs[slot, :-1])
 
             # Logging
             losses, logratios, advantages = zip(*logged)
@@ -792,9 +818,7 @@ def read_args():
     folder = args.resume or args.evaluate
     if not folder:
         return args
-    saved = load_checkpoint(folder)["args"]
-    own = vars(args).keys() - set(NOT_SAVED)
-    require(saved.keys() == own, f"{folder} is a run of {saved.get('exp_name')}, which has other flags.")
+    saved = load_checkpoint(folder, type(args))["args"]
     return tyro.cli(Domain, description=__doc__, default=replace(args, **saved))
 
 
@@ -803,11 +827,9 @@ def main():
     sys.path.append(os.getcwd())  # for the module of --env-id module:id
     try:
         args = read_args()
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(args.num_threads)
         if args.evaluate:
             check_flags(args)
-            checkpoint = load_checkpoint(args.evaluate)
+            checkpoint = load_checkpoint(args.evaluate, type(args))
             step = checkpoint["iteration"] * args.num_steps * args.num_envs
             evaluate(args, checkpoint["agent"], args.evaluate / f"{step}.mp4")
         else:

@@ -139,7 +139,6 @@ def measure(title: str):
     module, args, iterations = flags_of(title)
     warmup, batch_size = args.buffer_epochs + 1, args.num_steps * args.num_envs  # then the buffer is full
     args.total_timesteps, args.checkpoint_interval = (warmup + iterations + 1) * batch_size, 10**6
-    torch.set_num_threads(args.num_threads)
     clock = Clock(module, args)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         module.train(args)

@@ -58,33 +58,8 @@ def setting(ratio: str, band: dict, kl: dict) -> dict:
     return {"learning_rate": RATE, "ratio": ratio, **band, **kl}
 
 
-def pull(weight: float, to: str) -> dict:
-    return {"kl_coef": weight, "kl_to": to}
-
-
 # settings beyond the grid, next to the best one of round two or to the choice; round two has them too
-WIDER: dict[str, list[dict]] = {
-    "gipo": [
-        setting("action", {"sigma": 0.25}, pull(0.1, "behaviour")),
-        setting("action", {"sigma": 0.5}, pull(0.3, "behaviour")),
-        setting("dimension", {"sigma": 2.0}, pull(0.3, "current")),
-        setting("dimension", {"sigma": 1.0}, pull(1.0, "current")),
-    ],
-    "clip": [setting("dimension", {"clip_coef": 0.8}, {"kl_coef": 0.0})],
-    "sapo": [
-        setting("action", gate(4.0), pull(0.1, "behaviour")),
-        setting("action", gate(2.0), pull(0.3, "behaviour")),
-    ],
-    "tis": [
-        setting("action", {"tis_cap": 0.5}, pull(0.3, "current")),
-        setting("action", {"tis_cap": 1.0}, pull(1.0, "current")),
-    ],
-    "decoupled": [setting("dimension", {"clip_coef": 0.2, "tis_cap": 2.0}, pull(1.0, "current"))],
-    "plain_is": [
-        setting("dimension", {"learning_rate": 2.5e-4}, pull(0.1, "behaviour")),
-        setting("dimension", {"learning_rate": 5e-4}, pull(0.3, "behaviour")),
-    ],
-}
+WIDER: dict[str, list[dict]] = {}
 
 
 def grid(method: str) -> list[dict]:

@@ -26,7 +26,7 @@ def test_the_compiled_update_is_the_update(monkeypatch):
         args = gipo_continuous.Continuous("probes:Bar-v0", 160, compile=compiled, **sizes)
         agent, folder = gipo_continuous.train(args)
         ends.append(list(agent.parameters()))
-        moments = gipo_continuous.load_checkpoint(folder)["optimizer"]["state"].values()
+        moments = gipo_continuous.load_checkpoint(folder, gipo_continuous.Continuous)["optimizer"]["state"].values()
         assert {state["step"].item() for state in moments} == {50}
     for first, eager, compiled in zip(noted[0][0], *ends, strict=True):
         torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=0)

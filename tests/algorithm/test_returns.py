@@ -122,7 +122,7 @@ def test_rows_are_transitions_of_one_episode():
     """Clock observes (episode, step) and pays the step, so that each valid row can be checked against its next."""
     sizes = {"num_envs": 3, "num_steps": 16, "num_minibatches": 4, "buffer_epochs": 2}
     args = Continuous("probes:Clock-v0", 240, eval_episodes=0, **sizes)
-    buffer = types.SimpleNamespace(**load_checkpoint(train(args)[1])["buffer"])
+    buffer = types.SimpleNamespace(**load_checkpoint(train(args)[1], Continuous)["buffer"])
     obs, next_obs = buffer.obs[:, :-1], buffer.obs[:, 1:]
     valid, dones, terminated = (t[:, :-1] for t in (buffer.valid, buffer.dones, buffer.terminated))
     assert torch.equal(next_obs[valid][:, 0], obs[valid][:, 0])  # same episode

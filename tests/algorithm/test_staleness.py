@@ -25,7 +25,7 @@ def clock(iterations, **values):
 
 def trained(args):
     """What is in the checkpoint at the end of a run, its buffer with named fields."""
-    checkpoint = load_checkpoint(train(args)[1])
+    checkpoint = load_checkpoint(train(args)[1], Continuous)
     return SimpleNamespace(**checkpoint | {"buffer": SimpleNamespace(**checkpoint["buffer"])})
 
 
@@ -80,10 +80,13 @@ def test_a_frozen_buffer_does_not_change(source, monkeypatch, tmp_path):
     for name in noted[0]:
         assert all(torch.equal(noted[i][name], noted[3][name]) for i in range(4, 9)) == (name not in moving), name
     assert not torch.equal(noted[2]["obs"], noted[3]["obs"])
-    # statistics of iteration 3 still count, because its rollout was the last to enter
+    # The rollout of iteration 3 was the last to enter, and the last to count: its rewards before the update, its
+    # observations after it.
     states = [dict(agent.named_buffers()) for agent in learned]
     for name in states[0]:
-        assert [torch.equal(states[i][name], states[4][name]) for i in range(3, 9)] == [False] + [True] * 5, name
+        last = 4 if name.startswith("obs_stats") else 3
+        final = [torch.equal(state[name], states[8][name]) for state in states]
+        assert final[last - 1 :] == [False] + [True] * (9 - last), name
     assert scalars(tmp_path)["charts/episodic_return"][-1][0] == 9 * ROLLOUT
 
 
@@ -190,11 +193,28 @@ def test_reward_scale_is_the_spread_of_discounted_returns():
     rewards = torch.tensor([[1.0, 2.0], [3.0, 0.0], [9.0, 5.0]])  # 0 in the autoreset row
     dones = torch.tensor([[False, True], [False, False], [False, False]])
     valid = torch.tensor([[True, True], [True, False], [True, True]])
-    agent.update_statistics(torch.zeros(3, 2, 3), rewards, dones, valid)
+    agent.update_return_stats(rewards, dones, valid)
     counted = np.array([1.0, 2.0, 3.5, 10.75, 5.0])
     assert agent.return_stats.var.item() == pytest.approx(counted.var())
     assert agent.scale_rewards(torch.tensor(6.0)).item() == pytest.approx(6 / math.sqrt(counted.var()))
     assert agent.scale_rewards(torch.tensor(1e9)).item() == 10
-    agent.update_statistics(torch.zeros(1, 2, 3), torch.ones(1, 2), dones[:1], valid[:1])
+    agent.update_return_stats(torch.ones(1, 2), dones[:1], valid[:1])
     counted = np.array([*counted, 6.375, 3.5])  # a return goes on in the next rollout
     assert agent.return_stats.var.item() == pytest.approx(counted.var())
+
+
+def test_the_unit_of_rewards_does_not_matter(monkeypatch):
+    """From the first iteration on; 16 is a power of two, so that rounding does not differ."""
+    plain = ReplayBuffer.write
+    args = Continuous("Pendulum-v1", 3 * ROLLOUT, **SMALL)
+    found = train(args)[0].state_dict()
+
+    def scaled(self, slot, step, **rows):
+        rows |= {"rewards": 16 * rows["rewards"]} if "rewards" in rows else {}
+        plain(self, slot, step, **rows)
+
+    monkeypatch.setattr(ReplayBuffer, "write", scaled)
+    other = train(args)[0].state_dict()
+    assert other["return_stats.var"] == pytest.approx(256 * found["return_stats.var"])
+    for name in ("actor_mean.0.weight", "critic.0.weight"):
+        torch.testing.assert_close(other[name], found[name], rtol=0, atol=1e-5)

@@ -45,8 +45,9 @@ class Entry:
 
     def resume(self, folder: Path, **values) -> tuple:
         """The run goes on, with these flags anew."""
-        saved = self.module.load_checkpoint(folder)["args"] | {"resume": folder, "eval_episodes": 0}
-        return self.module.train(getattr(self.module, CLASSES[self.kind])(**saved | values))
+        domain = getattr(self.module, CLASSES[self.kind])
+        saved = self.module.load_checkpoint(folder, domain)["args"] | {"resume": folder, "eval_episodes": 0}
+        return self.module.train(domain(**saved | values))
 
     def main(self, monkeypatch, *argv) -> int | None:
         """The command line, in this folder; returns the exit code."""

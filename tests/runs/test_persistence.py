@@ -325,7 +325,7 @@ def test_flipped_bits_are_found(entry, saved):
         damaged[where + rng.randrange(size)] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         try:
-            assert equal(entry.module.load_checkpoint(folder), checkpoint)
+            assert equal(entry.module.load_checkpoint(folder, type(entry.args("Plain"))), checkpoint)
         except entry.module.InputError:
             refusals += 1
         assert refusals or (where, size) != inside
@@ -342,6 +342,8 @@ def test_the_checkpoint_of_another_script(entry, other, saved, refused):
     for flag in ("--resume", "--evaluate"):
         error = refused(entry, flag, folder, "--total-timesteps", 900, "--eval-episodes", 3)
         assert f"is a run of {other.name}, which has other flags" in error
+    with pytest.raises(entry.module.InputError, match=f"is a run of {other.name}"):
+        entry.module.load_agent(folder, type(entry.args("Plain")))
 
 
 @six
@@ -397,9 +399,9 @@ def test_a_trained_agent_is_loaded_to_be_used(entry):
     assert equal(agent.state_dict(), checkpoint_of(folder)["agent"])
     with contextlib.closing(args.make_envs(args, 1, 3)) as envs:
         obs = torch.as_tensor(envs.reset(seed=3)[0])
-    with torch.no_grad():
-        sure = [agent.get_action_and_value(obs, deterministic=True)[0] for _ in range(5)]
-        sampled = [agent.get_action_and_value(obs)[0] for _ in range(50)]
+    sure = [agent.get_action_and_value(obs, deterministic=True)[0] for _ in range(5)]
+    sampled = [agent.get_action_and_value(obs)[0] for _ in range(50)]
+    assert sure[0].numpy().shape == envs.action_space.shape  # without a gradient
     assert all(torch.equal(action, sure[0]) for action in sure)
     assert any(not torch.equal(action, sure[0]) for action in sampled)
     likely = agent.get_action_and_value(obs, sure[0])[1]
