@@ -407,6 +407,7 @@ def read_model(args, config):
             torch.set_num_threads(1)  # a model this small gains nothing by more, and two runs would wait for each other
         model, tokenizer = tiny_model()
         if not config.resume_from_checkpoint:
+            print("a tiny model first sees sorted digits, which takes half a minute", flush=True)
             warm_up(model, tokenizer, random.Random(f"warm-up {config.seed}"))
         return model, tokenizer
     with input_error(f"--model {args.model}"):
