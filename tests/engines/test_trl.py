@@ -516,7 +516,7 @@ def test_groups_of_parameters_keep_their_rates(tmp_path):
 
 
 TWO = """
-import json, sys, random, torch, gipo_trl, transformers
+import gc, json, sys, random, torch, gipo_trl, transformers
 folder, *checkpoint = sys.argv[1:]
 transformers.set_seed(1)
 model, tokenizer = gipo_trl.tiny_model()
@@ -536,6 +536,8 @@ total = sum(parameter.double().sum().item() for parameter in model.parameters())
 logs = [x["offpolicy/coef_mean"] for x in trainer.state.log_history if "offpolicy/coef_mean" in x]
 with open(f"rank-{config.process_index}.json", "w") as file:
     json.dump([total, found, logs[-len(found):], trainer.generation], file)
+del trainer, model  # they hold the group, whose threads must end before Python does
+gc.collect()
 torch.distributed.destroy_process_group()
 """
 
