@@ -1,11 +1,10 @@
 """The settings of each method: a grid of one shape, three rounds of tuning, and the choice.
 
-Every method has three bandwidths, six KL terms and both units of the ratio. Round one compares the KL terms and units,
-with the middle bandwidth and old data. Round two tries the best quarter of them with each bandwidth, on fresh and on
-old data, at the length that is reported; then, once, what lies beyond where the best one is at an edge. Round three
-repeats the best of round two, and the two rounds together make the choice. Where that is at an edge that was not
-widened, round two has what lies beyond it as well. Each round has a seed of its own. The tasks are those that are
-reported, the seeds are not.
+Every method has three bandwidths, six KL terms and both units of the ratio. Round one tries all of them, early and with
+old data. Round two repeats the best quarter of each method and the best three of each unit, with fresh and with old
+data, at the length that is reported; then it tries what the grid lacks next to its best setting: two learning rates,
+and one step beyond each edge. Round three repeats the best of round two, and the two rounds together make the choice.
+Each round has a seed of its own. The tasks are those that are reported, the seeds are not.
 
 Runs are compared by ranks, because the returns of HalfCheetah differ by so much that one lucky run would decide.
 """
@@ -25,12 +24,13 @@ TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 SEEDS = (1001, 1002, 1003)  # of each round
 SIZES = (1, 8)  # of the replay buffer
 STEPS = (60_000, 150_000)  # of round one and of the others
-RATE = 1e-3
+RATES = (5e-4, 1e-3, 2e-3)  # the grid has the middle one
 
-WIDTHS = {"action": (0.5, 1.0, 2.0), "dimension": (0.3, 0.5, 1.0)}  # of GIPO's weight, by the ratio's unit
+# the grid has the middle three of these bandwidths, and all but the last of the KL weights
+WIDTHS = {"action": (0.25, 0.5, 1.0, 2.0, 4.0), "dimension": (0.15, 0.3, 0.5, 1.0, 2.0)}  # of GIPO's weight, by unit
+KL_WEIGHTS = {"current": (0.03, 0.1, 0.3, 1.0), "behaviour": (0.03, 0.1, 0.3)}
 KL_TERMS = [{"kl_coef": 0.0}]
-KL_TERMS += [{"kl_coef": weight, "kl_to": "current"} for weight in (0.03, 0.1, 0.3)]
-KL_TERMS += [{"kl_coef": weight, "kl_to": "behaviour"} for weight in (0.03, 0.1)]
+KL_TERMS += [{"kl_coef": weight, "kl_to": to} for to, weights in KL_WEIGHTS.items() for weight in weights[:-1]]
 
 
 def gate(width: float) -> dict[str, float]:
@@ -43,34 +43,41 @@ def both(settings: list[dict]) -> dict[str, list[dict]]:
     return dict.fromkeys(WIDTHS, settings)
 
 
+CLIPS = (0.05, 0.1, 0.2, 0.4, 0.8)
 BANDWIDTHS: dict[str, dict[str, list[dict]]] = {
     "gipo": {ratio: [{"sigma": width} for width in widths] for ratio, widths in WIDTHS.items()},
-    "clip": both([{"clip_coef": eps} for eps in (0.1, 0.2, 0.4)]),
+    "clip": both([{"clip_coef": eps} for eps in CLIPS]),
     "sapo": {ratio: [gate(width) for width in widths] for ratio, widths in WIDTHS.items()},
-    "tis": both([{"tis_cap": cap} for cap in (1.0, 2.0, 5.0)]),
-    "decoupled": both([{"clip_coef": eps, "tis_cap": 2.0} for eps in (0.1, 0.2, 0.4)]),
-    "plain_is": both([{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)]),  # it has no bandwidth
+    "tis": both([{"tis_cap": cap} for cap in (0.5, 1.0, 2.0, 5.0, 10.0)]),
+    "decoupled": both([{"clip_coef": eps, "tis_cap": 2.0} for eps in CLIPS]),
+    "plain_is": both([{"learning_rate": rate} for rate in (2.5e-4, *RATES, 4e-3)]),  # it has no bandwidth
 }
 METHODS = tuple(BANDWIDTHS)
 
 
-def setting(ratio: str, band: dict, kl: dict) -> dict:
-    return {"learning_rate": RATE, "ratio": ratio, **band, **kl}
-
-
-# settings beyond the grid, next to the best one of round two or to the choice; round two has them too
-WIDER: dict[str, list[dict]] = {}
-
-
 def grid(method: str) -> list[dict]:
     """The flags of a method, of a grid with one shape for all methods."""
-    bands = [(ratio, band) for ratio, known in BANDWIDTHS[method].items() for band in known]
-    return [setting(ratio, band, kl) for ratio, band in bands for kl in KL_TERMS]
+    bands = [(ratio, band) for ratio, known in BANDWIDTHS[method].items() for band in known[1:-1]]
+    return [{"learning_rate": RATES[1], "ratio": ratio, **band, **kl} for ratio, band in bands for kl in KL_TERMS]
+
+
+def beside(method: str, flags: dict) -> list[dict]:
+    """What the grid lacks next to one of its settings: other learning rates, and a step beyond each edge."""
+    found = [flags | {"learning_rate": rate} for rate in RATES]
+    known = BANDWIDTHS[method][flags["ratio"]]
+    for edge, beyond in ((1, 0), (-2, -1)):
+        if known[edge].items() <= flags.items():
+            found.append(flags | known[beyond])
+    if flags["kl_coef"]:
+        *_, edge, beyond = KL_WEIGHTS[flags["kl_to"]]
+        if flags["kl_coef"] == edge:
+            found.append(flags | {"kl_coef": beyond})
+    return [other for other in found if other not in grid(method)]
 
 
 def settings(method: str) -> list[dict]:
-    """All flags that a method is tried with."""
-    return grid(method) + WIDER.get(method, [])
+    """All flags that a method is tried with. Raises `Missing` before round two is complete."""
+    return grid(method) + beside(method, best_of_round_two(state())[method])
 
 
 def words(flags: dict) -> str:
@@ -79,22 +86,18 @@ def words(flags: dict) -> str:
 
 
 def at_an_edge(method: str, flags: dict) -> bool:
-    """Whether no setting goes beyond this one in its bandwidth alone, or in its KL weight alone, if that is not 0."""
-    dial = next(iter(BANDWIDTHS[method][flags["ratio"]][0]))
-    bands = [other[dial] for other in settings(method) if same_term(other, flags)]
-    alike = [other for other in settings(method) if other | {"kl_coef": 0} == flags | {"kl_coef": 0}]
-    weights = [other["kl_coef"] for other in alike]
-    return flags[dial] in (min(bands), max(bands)) or flags["kl_coef"] == max(weights) > 0
+    """Whether no setting that was tried goes beyond this one in one of its dials alone. A KL weight ends at 0."""
 
+    def tried(*dial: str) -> list[float]:
+        rest = {name: x for name, x in flags.items() if name not in dial}
+        return [other[dial[0]] for other in settings(method) if other == rest | {name: other[name] for name in dial}]
 
-def is_middle(method: str, flags: dict) -> bool:
-    """Whether a setting has the middle bandwidth."""
-    return BANDWIDTHS[method][flags["ratio"]][1].items() <= flags.items()
-
-
-def same_term(one: dict, other: dict) -> bool:
-    """Whether two settings have the same KL term and unit of the ratio."""
-    return all(one.get(name) == other.get(name) for name in ("ratio", "kl_coef", "kl_to"))
+    for dial in (tuple(BANDWIDTHS[method][flags["ratio"]][0]), ("learning_rate",)):
+        known = tried(*dial)
+        if len(known) > 1 and flags[dial[0]] in (min(known), max(known)):
+            return True
+    known = tried("kl_coef")
+    return len(known) > 1 and flags["kl_coef"] == max(known)
 
 
 def trials(method: str, flags: dict, seed: int, steps: int, sizes: Iterable[int]) -> Iterator[Run]:
@@ -104,26 +107,45 @@ def trials(method: str, flags: dict, seed: int, steps: int, sizes: Iterable[int]
 
 @cache
 def round_one() -> tuple[Run, ...]:
-    tried = [(method, flags) for method in METHODS for flags in grid(method) if is_middle(method, flags)]
+    tried = [(method, flags) for method in METHODS for flags in grid(method)]
     return tuple(one for method, flags in tried for one in trials(method, flags, SEEDS[0], STEPS[0], SIZES[-1:]))
+
+
+def leaders(table: pd.DataFrame) -> set[str]:
+    """The best quarter of the settings of a method, and the best three of each unit of the ratio."""
+    quarter = ranking(table).index[: table.line.nunique() // 4]
+    return {*quarter, *(line for _, own in table.groupby("ratio") for line in ranking(own).index[:3])}
 
 
 def round_two() -> list[Run]:
     """Raises `Missing` before round one is complete."""
     known, runs = ranks(round_one()), []
     for method in METHODS:
-        terms = ranking(known[known.method == method]).index
-        best = terms[: math.ceil(len(terms) / 4)]
-        kept = [flags for flags in grid(method) if words(flags) in best]
-        tried = [flags for flags in grid(method) if any(same_term(flags, other) for other in kept)]
-        tried += WIDER.get(method, [])
+        best = leaders(known[known.method == method])
+        tried = [flags for flags in grid(method) if words(flags) in best]
         runs += [one for flags in tried for one in trials(method, flags, SEEDS[1], STEPS[1], SIZES)]
     return runs
 
 
+@lru_cache(maxsize=1)
+def best_of_round_two(state: tuple) -> dict[str, dict]:
+    """The best flags of each method, within the grid."""
+    known, found = ranks(round_two()), {}
+    for method in METHODS:
+        best = ranking(known[known.method == method]).index[0]
+        found[method] = next(flags for flags in grid(method) if words(flags) == best)
+    return found
+
+
+def wider() -> list[Run]:
+    """The second part of round two, beside its best settings."""
+    tried = [(method, flags) for method, best in best_of_round_two(state()).items() for flags in beside(method, best)]
+    return [one for method, flags in tried for one in trials(method, flags, SEEDS[1], STEPS[1], SIZES)]
+
+
 def finalists() -> dict[str, list[dict]]:
     """By method, the best three settings of round two, and the best one for each K."""
-    known, found = ranks(round_two()), {}
+    known, found = ranks(round_two() + wider()), {}
     for method in METHODS:
         own = known[known.method == method]
         best = {*ranking(own).index[:3], *(ranking(own[own.buffer_epochs == k]).index[0] for k in SIZES)}
@@ -159,7 +181,7 @@ def ranking(table: pd.DataFrame) -> pd.Series:
 def plan() -> list[Run]:
     """The runs of each round, as soon as the one before is complete."""
     runs = list(round_one())
-    for later in (round_two, round_three):
+    for later in (round_two, wider, round_three):
         if not unfinished(runs):
             runs += later()
     return runs
@@ -178,12 +200,12 @@ def results_in(state: tuple) -> pd.DataFrame:
 def choice(method: str, k: int | None = None, **same) -> dict:
     """The flags that are best for K = 1 and 8 together, or for this K; of those that have `same` flags if given.
 
-    If the last rounds have no setting with these flags, an earlier one decides; round one has K = 8 alone.
+    If no finalist has these flags, round two decides.
     """
     allowed = {words(flags): flags for flags in settings(method) if same.items() <= flags.items()}
-    for known in (results(), ranks(round_two()), ranks(round_one())):
+    for known in (results(), ranks(round_two() + wider())):
         found = known[(known.method == method) & known.line.isin(allowed)]
-        if k in found.buffer_epochs.values:
+        if k:
             found = found[found.buffer_epochs == k]
         if len(found):
             break
