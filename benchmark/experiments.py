@@ -14,15 +14,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import pandas as pd
 import tyro
 
 from benchmark import llm_tuning, tuning
+from benchmark.intervals import iqm
 from benchmark.measurements import measure, scale, scored
 from benchmark.methods import CONTINUOUS, name, run
 from benchmark.runner import ROOT, Missing, Run, run_all, unfinished
 from benchmark.tuning import KL_TERMS, METHODS, SIZES
 
-PAIR, THREE_METHODS, FOUR_METHODS = METHODS[:2], METHODS[:3], METHODS[:4]
+PAIR = METHODS[:2]  # GIPO and PPO-clip
 PEERS, RLLIB = (ROOT / f".venv-{venv}" / "bin" / "python" for venv in ("peers", "rllib"))
 
 LOCOMOTION = tuning.TASKS
@@ -40,8 +42,8 @@ STEPS = 150_000
 FREEZE_AT = 24 * 2048  # so that 24 rollouts of 2048 steps hold all that was collected before
 MILLION = 1_000_000
 EVALUATED = {"eval_episodes": 20}  # measures the policy that learns, which is not always the one that acts
-CLEANRL = {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32}
-CLEANRL |= {"learning_rate": 3e-4, "clip_coef": 0.2, "ratio": "action"}
+CLEANRL = {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32, "update_epochs": 10}
+CLEANRL |= {"learning_rate": 3e-4, "clip_coef": 0.2, "ratio": "action", "kl_coef": 0.0}
 RLLIB_RATES = (5e-4, 1e-3)
 LLM_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 
@@ -75,27 +77,47 @@ def fresh_clip() -> list[Run]:
     return list(grid(chosen(["clip"]), TEN, LOCOMOTION, sizes(1)))
 
 
-def best_size(method: str) -> int:
-    """The K of `staleness` with the best mean score of a method."""
-    plan = list(grid(chosen([method]), TEN, LOCOMOTION, sizes(*LARGE)))
+def evaluated_clip() -> list[Run]:
+    """What has the score 1 where the policy that learns is measured: PPO-clip without a lag."""
+    return list(grid(chosen(["clip"], buffer_epochs=1, **EVALUATED), FIVE, LOCOMOTION))
+
+
+def by_size() -> pd.DataFrame:
+    """The scores of `staleness` with one setting for all K."""
+    plan = list(grid(chosen(METHODS), TEN, LOCOMOTION, sizes(*LARGE)))
     table = scored(measure(plan), scale(fresh_clip(), "staleness"))
     if table.value.isna().any():
         raise Missing("runs of staleness are missing; run ./benchmark.sh staleness first.")
-    return int(table.groupby("buffer_epochs").value.mean().idxmax())
+    return table
+
+
+def best_size(table: pd.DataFrame, method: str) -> int:
+    """The K with the best score of a method."""
+    own = table[table.method == method].groupby("buffer_epochs").value
+    return int(own.apply(lambda values: iqm(values.to_numpy())).idxmax())
+
+
+def best_other(table: pd.DataFrame) -> str:
+    """The method with the best score on old data, besides GIPO and PPO-clip."""
+    old = table[(table.buffer_epochs > 1) & ~table.method.isin(PAIR)]
+    if old.empty:
+        raise Missing("no other method has runs on old data; run ./benchmark.sh staleness first.")
+    return old.groupby("method").value.apply(lambda values: iqm(values.to_numpy())).idxmax()
 
 
 def updates() -> Iterator[Run]:
     """More update epochs per iteration. 10 is the default, so that these runs are those of `staleness`."""
     dials = [{"buffer_epochs": k, "update_epochs": n} for k in LARGE for n in (None, 20, 40)]
-    yield from grid(chosen(THREE_METHODS), FIVE, LOCOMOTION, dials)
+    yield from grid(chosen([*PAIR, best_other(by_size())]), FIVE, LOCOMOTION, dials)
 
 
 def million() -> Iterator[Run]:
     """A million steps, next to PPO of others; at last the script as it is, with no flag but --env-id."""
-    fresh, old = {"buffer_epochs": 1}, {method: {"buffer_epochs": best_size(method)} for method in ("gipo", "sapo")}
-    lines = [(f"{name(m)}, K = {k['buffer_epochs']}", m, tuning.choice(m) | k) for m, k in old.items() if k != fresh]
-    lines += [(f"{name(m)}, K = 1", m, tuning.choice(m) | fresh) for m in PAIR]
-    lines += [(f"{name('sapo')}, K = 1", "sapo", tuning.choice("sapo") | fresh)] if old["sapo"] == fresh else []
+    table, lines = by_size(), []
+    for method in (*PAIR, best_other(table)):
+        known = {best_size(table, method), *([1] if method in PAIR else [])}
+        own = tuning.choice(method)
+        lines += [(f"{name(method)}, K = {k}", method, own | {"buffer_epochs": k}) for k in sorted(known)]
     lines.append((f"{name('clip')}, CleanRL's flags", "clip", CLEANRL))
     yield from grid(lines, FIVE, WITH_ANT, [{"compile": True}], MILLION)
     yield from (peer("ppo", env_id, seed, MILLION) for seed, env_id in itertools.product(FIVE, WITH_ANT))
@@ -104,27 +126,31 @@ def million() -> Iterator[Run]:
 
 
 def ablation() -> Iterator[Run]:
-    """From GIPO's choice one thing at a time."""
-    own = tuning.choice("gipo")
+    """From GIPO's choice one thing at a time, and the same for PPO-clip's KL term and V-trace."""
+    own, clip = tuning.choice("gipo"), tuning.choice("clip")
     other = {"action": "dimension", "dimension": "action"}[own["ratio"]]
     changes = {"GIPO": {}, f"ratio per {other}": {"ratio": other}}
     for term in KL_TERMS:
         text = f"KL {term['kl_coef']:g} to {term['kl_to']}" if term["kl_coef"] else "no KL"
         changes |= {} if term.items() <= own.items() else {text: {"kl_to": None} | term}
     changes |= {f"sigma {own['sigma'] * x:g}": {"sigma": own["sigma"] * x} for x in (0.5, 2.0)}
-    changes["without V-trace"] = {"advantage_source": "recompute"}
+    changes["no V-trace"] = {"advantage_source": "recompute"}
     lines = [(line, "gipo", own | change) for line, change in changes.items()]
+    lines.append((f"ratio per {other}, tuned for it", "gipo", tuning.choice("gipo", ratio=other)))
     lines.append(("weight only where r > 1", "one_sided", own))
+    clips = {"PPO-clip": {}, "PPO-clip, no V-trace": {"advantage_source": "recompute"}}
+    clips |= {"PPO-clip, no KL": {"kl_coef": 0.0, "kl_to": None}} if clip["kl_coef"] else {}
+    lines += [(line, "clip", clip | change) for line, change in clips.items()]
     yield from grid(lines, FIVE, LOCOMOTION, sizes(8, 32))
 
 
 def lag() -> Iterator[Run]:
     dials = [{"policy_lag": n or None} for n in (0, 2, 8)]
-    yield from grid(chosen(FOUR_METHODS, buffer_epochs=1, **EVALUATED), FIVE, LOCOMOTION, dials)
+    yield from grid(chosen(METHODS, buffer_epochs=1, **EVALUATED), FIVE, LOCOMOTION, dials)
 
 
 def freeze() -> Iterator[Run]:
-    own = chosen(FOUR_METHODS, buffer_epochs=24, freeze_buffer_at=FREEZE_AT, **EVALUATED)
+    own = chosen(METHODS, buffer_epochs=24, freeze_buffer_at=FREEZE_AT, **EVALUATED)
     yield from grid(own, FIVE, LOCOMOTION)
 
 
@@ -141,12 +167,17 @@ def defaults(methods: Iterable[str]) -> list[tuple[str, str, dict]]:
     return [(name(method), method, {}) for method in methods]
 
 
+def discrete() -> list[tuple[str, str, dict]]:
+    """The scripts' defaults, and PPO-clip with the KL term that GIPO has by default."""
+    return [*defaults(PAIR), (f"{name('clip')} with KL", "clip", {"kl_coef": 0.1})]
+
+
 def minigrid() -> Iterator[Run]:
-    yield from grid(defaults(PAIR), THREE, [FETCH], sizes(1, 32), steps=None)
+    yield from grid(discrete(), THREE, [FETCH], sizes(1, 32), steps=None)
 
 
 def pong() -> Iterator[Run]:
-    yield from grid(defaults(PAIR), THREE, [PONG], [{"buffer_epochs": 8, "bfloat16": True}], MILLION)
+    yield from grid(discrete(), THREE, [PONG], [{"buffer_epochs": 8, "bfloat16": True}], MILLION)
 
 
 def peer(algorithm: str, env_id: str, seed: int, steps: int) -> Run:

@@ -64,13 +64,13 @@ def name_different_code(table: pd.DataFrame, experiment: str):
             print(f"{experiment}: rows of {script} have different or uncommitted code: {shown}", file=sys.stderr)
 
 
-def scale(reference: Iterable[Run], experiment: str) -> pd.DataFrame:
+def scale(reference: Iterable[Run], experiment: str, column: str = "final_return") -> pd.DataFrame:
     """What counts as 0 and as 1 by task: random actions, and the mean of these runs of the experiment."""
-    table = measure(reference)
+    table = measure(reference, column)
     if table.value.isna().any():
         raise Missing(f"the scale is not known yet; run ./benchmark.sh {experiment} first.")
     one = table.groupby("env_id").value.mean()
-    found = pd.DataFrame({"zero": random_actions(), "one": one}).loc[one.index]
+    found = pd.DataFrame({"zero": random_actions(column.replace("eval", "final")), "one": one}).loc[one.index]
     if found.isna().any(axis=None) or (found.one <= found.zero).any():
         raise Missing(f"a task has no scale, because the runs of {experiment} are no better than random actions.")
     return found

@@ -18,7 +18,19 @@ import tyro
 
 from benchmark import llm_tuning, measurements, runner, tuning
 from benchmark.drawing import against, forest, over_time, runs_per_task
-from benchmark.experiments import EXPERIMENTS, FIVE, FREEZE_AT, LARGE, STEPS, chosen, fresh_clip, grid, sizes
+from benchmark.experiments import (
+    EXPERIMENTS,
+    FIVE,
+    FREEZE_AT,
+    LARGE,
+    STEPS,
+    best_other,
+    chosen,
+    evaluated_clip,
+    fresh_clip,
+    grid,
+    sizes,
+)
 from benchmark.intervals import clearly_better, difference, iqm_interval, paired_difference
 from benchmark.measurements import measure, random_actions, scale, scored, whole
 from benchmark.methods import name
@@ -129,7 +141,11 @@ def on_one_scale(experiment: str, dial: str, column: str = "final_return") -> tu
     table = measure(EXPERIMENTS[experiment](), column)
     table["x"] = table[dial].fillna(0).astype(int)
     returns = whole(table, ["line", "x"], experiment)
-    return scored(returns, scale(fresh_clip(), "staleness")), returns
+    if column == "final_return":
+        unit = scale(fresh_clip(), "staleness")
+    else:
+        unit = scale(evaluated_clip(), "lag", column)
+    return scored(returns, unit), returns
 
 
 def all_and_each(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -165,9 +181,7 @@ def headline(table: pd.DataFrame, returns: pd.DataFrame) -> Texts:
     """
     simple = table[table.line.isin([GIPO, CLIP, name("plain_is")])]
     against(all_and_each(simple), FIGURES / "headline.png", "rollouts K in the replay buffer", SCORE)
-    old = table[table.x > 1]
-    means = {line: iqm_interval(values(own))[0] for line, own in old.groupby("line") if line not in (GIPO, CLIP)}
-    rivals = [CLIP, *sorted(means, key=means.get)[-1:]]
+    rivals = [CLIP, name(best_other(table))]
     cells, said = {}, []
     for k, line in ((k, line) for k in LARGE for line in rivals):
         own = table[table.x == k]
@@ -335,8 +349,8 @@ def llm_rates() -> Texts:
 
 # -------------------------------------------------------- Tuning -----------------------------------------------------
 def shorter(flags: str) -> str:
-    """Without the learning rate that all methods but one have."""
-    return flags.removeprefix(f"--learning-rate {tuning.RATE:g} ")
+    """Without the learning rate of the grid."""
+    return flags.removeprefix(f"--learning-rate {tuning.RATES[1]:g} ")
 
 
 def tune() -> Texts:

@@ -203,7 +203,8 @@ def choice(method: str, k: int | None = None, **same) -> dict:
     If no finalist has these flags, round two decides.
     """
     allowed = {words(flags): flags for flags in settings(method) if same.items() <= flags.items()}
-    for known in (results(), ranks(round_two() + wider())):
+    for table in (results, lambda: ranks(round_two() + wider())):
+        known = table()
         found = known[(known.method == method) & known.line.isin(allowed)]
         if k:
             found = found[found.buffer_epochs == k]

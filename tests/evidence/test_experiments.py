@@ -24,13 +24,12 @@ ELSEWHERE = ("peers", "rllib", "rllib-tune", "llm", "llm-tune", "llm-rates")  # 
 @pytest.fixture(autouse=True)
 def rows(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "ROWS", tmp_path / "rows")
-    monkeypatch.setattr(tuning, "WIDER", {})
     synthetic.write_random(ZERO | {"CartPole-v1": 20, "Pendulum-v1": -1200})
 
 
 def tuned_rows(score):
     """Rows of all rounds, with the returns of score(run)."""
-    for _ in tuning.SEEDS:
+    for _ in range(4):  # round two has two parts
         rows = [synthetic.row(one, at(one, score(one))) for one in tuning.plan()]
         synthetic.write("tune", rows)
 
@@ -45,9 +44,9 @@ def fits(run, **flags):
 
 
 def test_the_grid_has_one_shape():
-    assert {len(tuning.settings(method)) for method in tuning.METHODS} == {36}
+    assert {len(tuning.grid(method)) for method in tuning.METHODS} == {36}
     for method in tuning.METHODS:
-        found = tuning.settings(method)
+        found = tuning.grid(method)
         assert len({tuning.words(flags) for flags in found}) == 36
         assert Counter(flags["ratio"] for flags in found) == {"action": 18, "dimension": 18}
         assert Counter((flags["kl_coef"], flags.get("kl_to")) for flags in found) == {
@@ -55,7 +54,7 @@ def test_the_grid_has_one_shape():
             (0.03, "behaviour"): 6, (0.1, "behaviour"): 6,
         }  # fmt: skip
     assert tuning.gate(0.5) == {"sapo_tau": 2.828, "sapo_tau_neg": 2.97}
-    assert len(tuning.round_one()) == 6 * 12 * 3
+    assert len(tuning.round_one()) == 6 * 36 * 3
 
 
 def test_tuning_chooses_one_setting_for_both_sizes_and_the_best_for_each():
@@ -71,12 +70,12 @@ def test_tuning_chooses_one_setting_for_both_sizes_and_the_best_for_each():
             return 90
         return 0.25 if fits(run, ratio="action") else 0.2
 
-    with pytest.raises(Missing, match="216 runs of tune are missing"):
+    with pytest.raises(Missing, match="648 runs of tune are missing"):
         tuning.choice("gipo")
     tuned_rows(score)
     assert tuning.choice("gipo") == tuning.choice("gipo", 1) == BEST
     assert tuning.choice("gipo", 8) == BEST | {"sigma": 1.0}
-    assert tuning.choice("gipo", ratio="action")["sigma"] == 2.0
+    assert tuning.choice("gipo", ratio="action")["sigma"] == 2.0  # which is no finalist
 
 
 def test_three_rounds_try_fewer_settings_each_and_the_last_two_choose():
@@ -90,16 +89,13 @@ def test_three_rounds_try_fewer_settings_each_and_the_last_two_choose():
 
     tuned_rows(score)
     second, third = tuning.round_two(), tuning.round_three()
-    assert Counter(one.method for one in second) == dict.fromkeys(tuning.METHODS, 9 * 6)
+    counts = Counter(one.method for one in second)
+    assert set(counts) == set(tuning.METHODS) and all(9 * 6 <= count <= 12 * 6 for count in counts.values())
     assert {one.flags["seed"] for one in second} == {1002} and {one.flags["seed"] for one in third} == {1003}
     assert {one.flags["buffer_epochs"] for one in second} == {one.flags["buffer_epochs"] for one in third} == {1, 8}
-    widths = {one.flags["sigma"] for one in second if one.method == "gipo" and fits(one, ratio="dimension")}
-    assert widths == {0.3, 0.5, 1.0}
-    assert {method: 3 <= len(known) <= 5 for method, known in tuning.finalists().items()} == dict.fromkeys(
-        tuning.METHODS, True
-    )
+    assert all(3 <= len(known) <= 5 for known in tuning.finalists().values())
     assert lucky in tuning.finalists()["gipo"] and early not in tuning.finalists()["gipo"]
-    assert len(tuning.plan()) == 216 + 6 * 9 * 6 + len(third)
+    assert len(tuning.plan()) == 648 + len(second) + len(tuning.wider()) + len(third)
     assert tuning.choice("gipo") == steady
     rows = [synthetic.row(one, at(one, score(one))) for one in tuning.plan()]
     for row, one in zip(rows, tuning.plan()):
@@ -109,33 +105,40 @@ def test_three_rounds_try_fewer_settings_each_and_the_last_two_choose():
     assert tuning.choice("gipo") == lucky
 
 
-def test_a_unit_that_round_two_has_not_tried_is_chosen_by_round_one():
+def test_both_units_reach_round_two():
     tuned_rows(lambda run: 0.8 if fits(run, ratio="dimension") else 0.2 + 0.3 * fits(run, kl_coef=0.03))
-    assert {one.flags["ratio"] for one in tuning.round_two()} == {"dimension"}
+    counts = Counter((one.method, one.flags["ratio"]) for one in tuning.round_two())
+    assert counts == {(m, ratio): n * 6 for m in tuning.METHODS for ratio, n in (("dimension", 9), ("action", 3))}
     found = tuning.choice("gipo", ratio="action")
-    assert found["sigma"] == 1.0 and found["kl_coef"] == 0.03
-    assert tuning.choice("gipo", 1, ratio="action") == found
+    assert found["ratio"] == "action" and found["kl_coef"] == 0.03
+    assert tuning.choice("gipo", 1, ratio="action")["kl_coef"] == 0.03
 
 
-def test_an_edge():
-    assert not tuning.at_an_edge("gipo", BEST)
-    assert tuning.at_an_edge("gipo", BEST | {"sigma": 0.3}) and not tuning.at_an_edge("gipo", BEST | {"kl_coef": 0.03})
-    assert tuning.at_an_edge("gipo", BEST | {"kl_coef": 0.3})
+def test_what_lies_beside_a_setting():
+    assert tuning.beside("gipo", BEST) == [BEST | {"learning_rate": rate} for rate in (5e-4, 2e-3)]
+    corner = BEST | {"sigma": 0.3, "kl_coef": 0.3}
+    assert tuning.beside("gipo", corner)[2:] == [corner | {"sigma": 0.15}, corner | {"kl_coef": 1.0}]
+    assert tuning.beside("gipo", BEST | {"sigma": 1.0})[2:] == [BEST | {"sigma": 2.0}]
+    plain = {"learning_rate": 2e-3, "ratio": "action", "kl_coef": 0.1, "kl_to": "behaviour"}
+    assert tuning.beside("plain_is", plain) == [plain | {"learning_rate": 4e-3}, plain | {"kl_coef": 0.3}]
+    assert tuning.beside("plain_is", plain | {"learning_rate": 1e-3, "kl_coef": 0.03}) == []
+
+
+def test_each_method_is_widened_beside_its_best_setting():
+    edge = BEST | {"sigma": 0.3}
+    beyond = edge | {"sigma": 0.15}
+    tuned_rows(lambda run: 0.8 if fits(run, **beyond) else 0.6 if fits(run, **edge) else 0.3)
+    tried = [one for one in tuning.wider() if one.method == "gipo"]
+    assert {one.line for one in tried} == {tuning.words(flags) for flags in tuning.beside("gipo", edge)}
+    assert len(tried) == 3 * 6 and {one.flags["seed"] for one in tried} == {1002}
+    assert tuning.choice("gipo") == beyond
+    assert tuning.at_an_edge("gipo", beyond) and not tuning.at_an_edge("gipo", edge)
+    assert tuning.at_an_edge("gipo", edge | {"learning_rate": 5e-4})
+    other = BEST | {"kl_coef": 0.03}  # beside which nothing was tried
+    assert not tuning.at_an_edge("gipo", other) and tuning.at_an_edge("gipo", other | {"sigma": 0.3})
+    assert tuning.at_an_edge("gipo", BEST | {"kl_coef": 0.3}) and not tuning.at_an_edge("gipo", BEST | {"kl_coef": 0.0})
     plain = {"learning_rate": 1e-3, "ratio": "action", "kl_coef": 0.0}
-    assert not tuning.at_an_edge("plain_is", plain) and tuning.at_an_edge("plain_is", plain | {"learning_rate": 2e-3})
-
-
-def test_what_lies_beyond_an_edge_is_tried_from_round_two_on(monkeypatch):
-    narrow = BEST | {"sigma": 0.15}
-    monkeypatch.setattr(tuning, "WIDER", {"gipo": [narrow]})
-    tuned_rows(lambda run: 0.8 if fits(run, **narrow) else 0.6 if fits(run, **BEST | {"sigma": 0.3}) else 0.3)
-    assert len(tuning.round_one()) == 216 and len(tuning.round_two()) == 6 * 9 * 6 + 6
-    assert tuning.choice("gipo") == narrow and tuning.at_an_edge("gipo", narrow)
-    assert not tuning.at_an_edge("gipo", BEST | {"sigma": 0.3})
-    assert tuning.at_an_edge("gipo", BEST | {"sigma": 0.3, "kl_coef": 0.03})  # with this term nothing lies beyond
-    monkeypatch.setattr(tuning, "WIDER", {"gipo": [BEST | {"kl_coef": 1.0}]})
-    assert not tuning.at_an_edge("gipo", BEST | {"kl_coef": 0.3})
-    assert tuning.at_an_edge("gipo", BEST | {"kl_coef": 0.3, "sigma": 0.3})
+    assert not tuning.at_an_edge("plain_is", plain) and tuning.at_an_edge("plain_is", plain | {"learning_rate": 5e-4})
 
 
 @pytest.fixture
@@ -143,10 +146,12 @@ def untuned(monkeypatch):
     """As if the first setting of each method with a KL term were the best, K = 8 the best size, all rates alike."""
 
     def choice(method, k=None, **same):
-        return next(x for x in tuning.settings(method) if x["kl_coef"] and same.items() <= x.items())
+        return next(x for x in tuning.grid(method) if x["kl_coef"] and same.items() <= x.items())
 
     monkeypatch.setattr(tuning, "choice", choice)
-    monkeypatch.setattr(experiments, "best_size", lambda method: 8)
+    monkeypatch.setattr(experiments, "by_size", lambda: None)
+    monkeypatch.setattr(experiments, "best_size", lambda table, method: 8)
+    monkeypatch.setattr(experiments, "best_other", lambda table: "sapo")
     monkeypatch.setattr(llm_tuning, "choice", lambda loss: llm_tuning.settings(loss)[0])
     synthetic.write("rllib-tune", [synthetic.row(one, 1.0) for one in experiments.rllib_tune()])
 
@@ -173,27 +178,40 @@ def test_tuning_and_reporting_share_no_seed(untuned):
 
 def test_ablation_changes_one_thing_at_a_time(untuned):
     own = tuning.choice("gipo")
-    changed = {one.line: set(one.flags.items()) ^ set((own | {"total_timesteps": 150_000}).items())
+    start = {"gipo": own, "one_sided": own, "clip": tuning.choice("clip")}
+    changed = {one.line: set(one.flags.items()) ^ set((start[one.method] | {"total_timesteps": 150_000}).items())
                for one in EXPERIMENTS["ablation"]()}  # fmt: skip
     names = {line: {name for name, _ in pairs} - {"env_id", "seed", "buffer_epochs", "eval_episodes"}
              for line, pairs in changed.items()}  # fmt: skip
-    assert names.pop("GIPO") == names.pop("weight only where r > 1") == set()
+    assert names.pop("GIPO") == names.pop("weight only where r > 1") == names.pop("PPO-clip") == set()
+    assert names.pop("PPO-clip, no KL") == {"kl_coef", "kl_to"}
+    assert names.pop("PPO-clip, no V-trace") == {"advantage_source"}
     assert names.pop("ratio per dimension") == {"ratio"} and names.pop("no KL") == {"kl_coef", "kl_to"}
-    assert names.pop("without V-trace") == {"advantage_source"}
+    assert names.pop("no V-trace") == {"advantage_source"}
+    assert names.pop("ratio per dimension, tuned for it") == {"ratio", "sigma"}
     assert all(found <= {"kl_coef", "kl_to"} for line, found in names.items() if line.startswith("KL"))
     assert sum(line.startswith("KL") for line in names) == 4
     assert {line for line in names if line.startswith("sigma")} == {"sigma 0.25", "sigma 1"}
 
 
-def test_the_best_size_is_that_of_the_scores(monkeypatch):
-    monkeypatch.setattr(tuning, "choice", lambda method, k=None: tuning.settings(method)[0])
-    by_size = {1: 0.5, 8: 0.9, 32: 0.6}
-    rows = [synthetic.row(one, at(one, by_size[one.flags["buffer_epochs"]])) for one in experiments.staleness()]
+def test_the_best_size_and_the_best_other_method_are_those_of_the_scores(monkeypatch):
+    monkeypatch.setattr(tuning, "choice", lambda method, k=None: tuning.grid(method)[0])
+
+    def score(run):
+        return {1: 0.5, 8: 0.9, 32: 0.6}[run.flags["buffer_epochs"]] - 0.1 * (run.method not in ("gipo", "clip", "tis"))
+
+    rows = [synthetic.row(one, at(one, score(one))) for one in experiments.staleness()]
     synthetic.write("staleness", rows)
-    assert experiments.best_size("gipo") == 8
+    table = experiments.by_size()
+    assert experiments.best_size(table, "gipo") == 8 and experiments.best_other(table) == "tis"
+    lines = Counter(one.line for one in EXPERIMENTS["million"]())
+    ours = {"GIPO, K = 1", "GIPO, K = 8", "PPO-clip, K = 1", "PPO-clip, K = 8", "TIS, K = 8", "GIPO, no flags"}
+    assert set(lines) == ours | {"PPO-clip, CleanRL's flags", "PPO of Stable-Baselines3"}
+    with pytest.raises(Missing, match="staleness first"):
+        experiments.best_other(table[table.buffer_epochs == 1])
     synthetic.write("staleness", [row for row in rows if row["seed"] != 11])
     with pytest.raises(Missing, match="staleness first"):
-        experiments.best_size("gipo")
+        experiments.by_size()
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ELSEWHERE])
@@ -224,9 +242,9 @@ def test_quick_takes_the_defaults_and_needs_no_tuning():
 def test_a_plan_is_printed_and_what_is_missing_is_said(untuned, capsys):
     assert experiments.main(experiments.Args("lag", dry_run=True)) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 4 * 3 * 5 * 3 and printed[0].startswith("python gipo_continuous.py --env-id")
+    assert len(printed) == 6 * 3 * 5 * 3 and printed[0].startswith("python gipo_continuous.py --env-id")
     assert experiments.main(experiments.Args("lag", dry_run=True, only="--policy-lag 8")) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 4 * 5 * 3
+    assert len(capsys.readouterr().out.splitlines()) == 6 * 5 * 3
     assert experiments.main(experiments.Args("lag", only="nothing")) == 2
     assert "--only nothing" in capsys.readouterr().err
 
@@ -247,7 +265,7 @@ def test_tune_goes_on_with_the_later_rounds(monkeypatch):
 
     monkeypatch.setattr(experiments, "run_all", run_all)
     assert experiments.main(experiments.Args("tune")) == 0
-    assert done == [216, 324, 108]
+    assert done[0] == 648 and len(done) == 4
     monkeypatch.setattr(experiments, "unfinished", lambda plan: plan)
     monkeypatch.setattr(experiments, "run_all", lambda *_: 1)
     assert experiments.main(experiments.Args("tune")) == 1  # and does not try forever

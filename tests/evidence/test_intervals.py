@@ -46,6 +46,16 @@ def test_intervals_of_few_seeds_are_too_narrow(tasks, seeds, share, monkeypatch)
     assert missed / 500 == pytest.approx(share, abs=0.025)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_in_one_task_few_differences_of_equal_methods_show(seeds, monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 400)
+    rng = np.random.default_rng(3)
+    pairs = [(runs(a=rng.normal(size=seeds)), runs(a=rng.normal(size=seeds))) for _ in range(500)]
+    shown = sum(intervals.clearly_better(*pair) or intervals.clearly_better(*pair[::-1]) for pair in pairs)
+    assert 0 < shown / 500 < 0.06
+
+
 def test_a_paired_difference():
     """By hand: differences 1, 2 and 3, with a standard error of 1 / sqrt(3) and Student's 4.303."""
     ours, theirs = pd.Series([2.0, 7, 4], [11, 31, 51]), pd.Series([1.0, 5, 1], [11, 31, 51])
