@@ -230,6 +230,14 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     assert cells(found["provenance"], "million")[-1].startswith("144 of 144")
 
 
+def test_a_lag_is_scored_by_evaluations(folder):
+    """No run of staleness is needed, and the returns of the policy that acts do not count."""
+    synthetic.write_random(dict.fromkeys(TASKS, 7.0))
+    synthetic.write("lag", [synthetic.row(one, 50.0, eval_return=307.0) for one in experiments.lag()])
+    table, returns = pages.on_one_scale("lag", "policy_lag", "eval_return")
+    assert set(table.value) == {1.0} and set(returns.value) == {307.0}
+
+
 def test_one_run_of_a_cell_is_shown(folder, monkeypatch):
     """Breadth is shown with the runs that are there."""
     (folder / "page.md").write_text("".join(map(between, marked("pong"))))
