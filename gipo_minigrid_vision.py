@@ -23,6 +23,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections import deque
@@ -63,7 +64,7 @@ def update(agent, optimizer, obs, actions, logprobs, start_logprobs, advantages,
     # Policy loss
     pg_loss = policy_loss(logratio, advantages, args)
 
-    # KL term: an estimate of KL(mu || pi), or a quadratic pull to the policy that the iteration starts from
+    # KL term: an estimate of KL(mu || pi), or to second order the KL to the policy that the iteration starts from
     kl_behaviour = -logratio.sum(1).mean()
     kl_step = 0.5 * ((newlogprob - start_logprobs) ** 2).sum(1).mean()
     kl = kl_behaviour if args.kl_to == "behaviour" else kl_step
@@ -103,14 +104,16 @@ def diagnostics(logratio, advantages, args):
     coef = (-sign * gradient * len(sign)).flatten()
     joint = logratio.sum(1)
     absolute = logratio.abs().flatten()
-    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could underflow
+    relative = coef.abs() / coef.abs().max().clamp(min=1e-38)  # because squares could underflow
     return {
         # at most exp(20), because float32 ends at exp(88) and a mean of such numbers says nothing
         "losses/approx_kl": (joint.clamp(max=20).exp() - 1 - joint).mean(),
+        # 0.2 in each script, whatever its loss clips, so that curves compare
         "losses/clipfrac": ((logratio.exp() - 1).abs() > 0.2).float().mean(),
         # kthvalue, because torch.quantile takes 2**24 samples at most
         "offpolicy/abs_logratio_p95": absolute.kthvalue(math.ceil(0.95 * len(absolute))).values,
-        "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
+        # effective sample size (Kish 1965), as a share
+        "offpolicy/ess": relative.sum() ** 2 / (len(relative) * (relative**2).sum()).clamp(min=1e-38),
         "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
         "offpolicy/coef_mean": coef.mean(),
     }
@@ -196,7 +199,7 @@ class Args:
     """weight of the KL term (0 to 0.3)"""
     kl_to: Literal["behaviour", "current"] = "current"
     """the policy that the KL term pulls back to
-    behaviour: the policy mu that collected the sample
+    behaviour: the policy mu that collected the sample; needs a smaller weight the older the data is
     current: the policy that the iteration starts from"""
 
 
@@ -242,10 +245,11 @@ def check_flags(args):
     for name in ("gamma", "gae_lambda"):
         value = vars(args)[name]
         require(value <= 1, f"--{name.replace('_', '-')} {value}: give at most 1.")
+    require(args.num_steps > 1, "--num-steps 1: give 2 or more.")  # a step after an episode's end is no transition
     rollout = args.num_steps * args.num_envs
     divides = rollout % args.num_minibatches == 0 and rollout > args.num_minibatches
-    rule = f"--num-minibatches {args.num_minibatches}: give a proper divisor of {rollout}, a rollout's size."
-    require(args.minibatch_size or divides, rule)
+    message = f"--num-minibatches {args.num_minibatches}: give a proper divisor of {rollout}, a rollout's size."
+    require(args.minibatch_size or divides, message)
     require(args.minibatch_size != 1, "--minibatch-size 1: give 2 or more.")
     require(not (args.resume and args.evaluate), "--resume and --evaluate: give one of them.")
     require(args.eval_episodes or not args.evaluate, "--eval-episodes 0: give 1 or more.")
@@ -317,8 +321,10 @@ def refresh_advantages(buffer, slots, agent, args):
     """Recompute values and log-probabilities of the whole buffer, and the advantages where `slots`, (K,), is true."""
     count = int((buffer.versions >= 0).sum())  # slots are filled in order
     obs, actions = buffer.obs[:count].flatten(0, 2), buffer.actions[:count].flatten(0, 2)
-    chunks = [agent.get_action_and_value(*chunk) for chunk in zip(obs.split(1024), actions.split(1024))]
-    _, logprobs, _, values = map(torch.cat, zip(*chunks))
+    # in chunks, because the network needs gigabytes for all pixels at once
+    chunks = zip(obs.split(1024), actions.split(1024))
+    results = [agent.get_action_and_value(*chunk) for chunk in chunks]
+    _, logprobs, _, values = map(torch.cat, zip(*results))
     buffer.start_logprobs[:count] = logprobs.view_as(buffer.start_logprobs[:count])
     buffer.values[:count] = values.view_as(buffer.values[:count])
 
@@ -375,7 +381,7 @@ def picture(envs):
 
 def ended_episodes(infos, playing=True):
     """(return, length) of each episode that ended with this step, and its success if the environment reports one."""
-    if "recorded" not in infos:
+    if "recorded" not in infos:  # not "episode", which Meta-World's own recorder writes
         return []
     columns = [infos["recorded"]["r"], infos["recorded"]["l"]]
     if "success" in infos:
@@ -385,7 +391,7 @@ def ended_episodes(infos, playing=True):
 
 
 def episode_means(episodes, prefix):
-    """Mean return, length and success over episodes, by tag; a success that is not reported is none."""
+    """Mean return and length over episodes, and success if any episode reports one, by tag."""
     names = ("episodic_return", "episodic_length", "success_rate")
     columns = itertools.zip_longest(*episodes, fillvalue=0.0)
     return {prefix + name: float(np.mean(column)) for name, column in zip(names, columns)}
@@ -483,8 +489,8 @@ def make_minigrid_envs(args, num_envs, seed, **render):
         shapes = {key: part.shape for key, part in obs.items()} if isinstance(obs, gym.spaces.Dict) else {}
         view = "mission" in shapes and shapes.get("image") == (7, 7, 3)
         if not (view and isinstance(action, gym.spaces.Discrete) and action.start == 0):
-            rule = "it needs MiniGrid's 7 x 7 view, a mission, and actions that count from 0."
-            refuse(env, f"--env-id {args.env_id}: {rule}")
+            message = "it needs MiniGrid's 7 x 7 view, a mission, and actions that count from 0."
+            refuse(env, f"--env-id {args.env_id}: {message}")
         return PixelsAndWords(env, args.env_id)
 
     envs = gym.vector.SyncVectorEnv([make_env] * num_envs)
@@ -585,7 +591,7 @@ def load_checkpoint(folder, domain):
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not notice flipped bits
         require(not damaged, f"{path} is damaged.")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    saved = checkpoint["args"]
+        saved = checkpoint["args"]
     own = vars(domain()).keys() - set(NOT_SAVED)
     require(saved.keys() == own, f"{folder} is a run of {saved.get('exp_name')}, which has other flags.")
     return checkpoint
@@ -618,8 +624,9 @@ def evaluate(args, weights, video_path):
     episodes = []
     video = None
     with start_envs(args, num_envs, seed_everything(args.seed, 10**9), **render) as (envs, obs):
+        agent = args.Agent(envs, args)
         with input_error(f"the agent does not fit --env-id {args.env_id} and --device {args.device}"):
-            agent = args.Agent(envs, args).to(args.device)
+            agent.to(args.device)
             agent.load_state_dict(weights)
         if args.capture_video:
             from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # slow to import
@@ -651,9 +658,9 @@ def evaluate(args, weights, video_path):
 def name_run(args):
     """Environment, experiment, seed, flags that are not at their defaults, and the time, so that no two are equal."""
     elsewhere = {"env_id", "exp_name", "seed", *NOT_SAVED}
-    given = vars(args).items() - vars(type(args)()).items()
-    changed = ",".join(f"{name}={value}" for name, value in sorted(given) if name not in elsewhere)
-    parts = args.env_id, args.exp_name, args.seed, changed[:100], time.time_ns()
+    changed = vars(args).items() - vars(type(args)()).items()
+    flags = ",".join(f"{name}={value}" for name, value in sorted(changed) if name not in elsewhere)
+    parts = args.env_id, args.exp_name, args.seed, flags[:100], time.time_ns()
     return re.sub(r"[^\w.,=-]", "-", "__".join(str(part) for part in parts if part != ""))
 
 
@@ -674,11 +681,11 @@ def train(args):
     if checkpoint:
         for name in FIXED:
             saved = checkpoint["args"].get(name)
-            rule = f"--{name.replace('_', '-')}: {folder} has {saved}, and a resumed run cannot change it."
-            require(vars(args).get(name) == saved, rule)
+            message = f"--{name.replace('_', '-')}: {folder} has {saved}, and a resumed run cannot change it."
+            require(vars(args).get(name) == saved, message)
     reason = f", because {folder} is finished" if checkpoint else ""
-    rule = f"--total-timesteps {args.total_timesteps}: give at least {first_step + batch_size}{reason}."
-    require(first_iteration < num_iterations, rule)
+    message = f"--total-timesteps {args.total_timesteps}: give at least {first_step + batch_size}{reason}."
+    require(first_iteration < num_iterations, message)
 
     set_threads(args)
     seed = seed_everything(args.seed, first_iteration)
@@ -687,8 +694,9 @@ def train(args):
             pass
     with contextlib.ExitStack() as stack:
         envs, obs = stack.enter_context(start_envs(args, args.num_envs, seed))
+        agent = args.Agent(envs, args)
         with input_error(f"--device {args.device}"):
-            agent = args.Agent(envs, args).to(args.device)
+            agent.to(args.device)
             next_obs = torch.as_tensor(obs, device=args.device)
         next_valid = np.ones(args.num_envs, bool)
         # the rate is a tensor, because --compile would bake in a number
@@ -730,9 +738,11 @@ def train(args):
             stops.append(signum)
             signal.signal(signum, handlers[signum])
 
-        handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-        for signum, handler in handlers.items():
-            stack.callback(signal.signal, signum, handler)
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                handlers[signum] = signal.signal(signum, stop)
+                stack.callback(signal.signal, signum, handlers[signum])
         print(f"{folder}: {'goes on' if checkpoint else 'starts'} after step {first_step}")
         start_time = time.time()
         progress = tqdm(range(first_iteration, num_iterations), initial=first_iteration, total=num_iterations)
@@ -762,7 +772,7 @@ def train(args):
                     buffer.write(slot, step, terminated=terminated, dones=terminated | truncations, valid=valid)
             if not frozen:
                 buffer.obs[slot, -1] = next_obs
-                buffer.versions[slot] = iteration - (len(actors) - 1)
+                buffer.versions[slot] = iteration - (len(actors) - 1)  # in which the policy that acted was the newest
                 # before the update: a critic that has learned unscaled rewards misleads the policy for long
                 agent.update_return_stats(buffer.rewards[slot, :-1], buffer.dones[slot, :-1], buffer.valid[slot, :-1])
             global_step += batch_size
@@ -789,6 +799,7 @@ def train(args):
             losses, logratios, advantages = zip(*logged)
             scalars = {tag: torch.stack([loss[tag] for loss in losses]).mean() for tag in losses[0]}
             scalars |= diagnostics(torch.cat(logratios), torch.cat(advantages), args)
+            # of the last epoch's samples
             y_pred, y_true = buffer.values.flatten()[b_inds], buffer.returns.flatten()[b_inds]
             scalars["losses/explained_variance"] = 1 - (y_true - y_pred).var() / y_true.var().clamp(min=1e-8)
             ages = iteration - buffer.versions[filled].float()

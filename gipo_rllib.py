@@ -192,14 +192,16 @@ def diagnostics(logratio, advantages, args):
     coef = (-sign * gradient * len(sign)).flatten()
     joint = logratio.sum(1)
     absolute = logratio.abs().flatten()
-    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could underflow
+    relative = coef.abs() / coef.abs().max().clamp(min=1e-38)  # because squares could underflow
     return {
         # at most exp(20), because float32 ends at exp(88) and a mean of such numbers says nothing
         "losses/approx_kl": (joint.clamp(max=20).exp() - 1 - joint).mean(),
+        # 0.2 in each script, whatever its loss clips, so that curves compare
         "losses/clipfrac": ((logratio.exp() - 1).abs() > 0.2).float().mean(),
         # kthvalue, because torch.quantile takes 2**24 samples at most
         "offpolicy/abs_logratio_p95": absolute.kthvalue(math.ceil(0.95 * len(absolute))).values,
-        "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
+        # effective sample size (Kish 1965), as a share
+        "offpolicy/ess": relative.sum() ** 2 / (len(relative) * (relative**2).sum()).clamp(min=1e-38),
         "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
         "offpolicy/coef_mean": coef.mean(),
     }
@@ -222,9 +224,9 @@ def clip_diagnostics(logratio, old_logratio, advantages, args):
     loss = clip_loss(x, old_logratio, sign * torch.exp(old_logratio).clamp(max=1), args)
     (gradient,) = torch.autograd.grad(loss, x)
     coef = -sign * gradient * len(sign)
-    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)
+    relative = coef.abs() / coef.abs().max().clamp(min=1e-38)
     return {
-        "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
+        "offpolicy/ess": relative.sum() ** 2 / (len(relative) * (relative**2).sum()).clamp(min=1e-38),
         "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
         "offpolicy/coef_mean": coef.mean(),
     }

@@ -10,6 +10,8 @@ the whole action, or one for each of its dimensions.
     python ppo_baseline.py continuous --resume runs/RUN      # continue a run; or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
+In continuous control the defaults are tuned. PPO's usual ones are --ratio action --clip-coef 0.2 --learning-rate 3e-4.
+
 `diff ppo_baseline.py gipo_continuous.py | head -40` shows the method, as do the diffs with gipo_atari.py and
 gipo_minigrid_vision.py. Shared code is identical in all four.
 """
@@ -23,6 +25,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections import deque
@@ -48,7 +51,7 @@ def policy_loss(logratio, advantages, args):
     logratio = log pi(a|s) - log mu(a|s) is (B, D), with a column for each part of an action that has a ratio of its
     own: the whole action (D = 1), or each of its dimensions. advantages are (B, 1). Returns a scalar.
     """
-    ratio = torch.exp(logratio.clamp(max=20))  # float32 ends at exp(88)
+    ratio = torch.exp(logratio.clamp(max=20))  # no gradient beyond exp(20); float32 ends at exp(88)
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     return -torch.min(ratio * advantages, clipped * advantages).sum(1).mean()
 
@@ -64,7 +67,7 @@ def update(agent, optimizer, obs, actions, logprobs, start_logprobs, advantages,
     # Policy loss
     pg_loss = policy_loss(logratio, advantages, args)
 
-    # KL term: an estimate of KL(mu || pi), or a quadratic pull to the policy that the iteration starts from
+    # KL term: an estimate of KL(mu || pi), or to second order the KL to the policy that the iteration starts from
     kl_behaviour = -logratio.sum(1).mean()
     kl_step = 0.5 * ((newlogprob - start_logprobs) ** 2).sum(1).mean()
     kl = kl_behaviour if args.kl_to == "behaviour" else kl_step
@@ -104,14 +107,16 @@ def diagnostics(logratio, advantages, args):
     coef = (-sign * gradient * len(sign)).flatten()
     joint = logratio.sum(1)
     absolute = logratio.abs().flatten()
-    weight = coef.abs() / coef.abs().max().clamp(min=1e-38)  # relative, because squares could underflow
+    relative = coef.abs() / coef.abs().max().clamp(min=1e-38)  # because squares could underflow
     return {
         # at most exp(20), because float32 ends at exp(88) and a mean of such numbers says nothing
         "losses/approx_kl": (joint.clamp(max=20).exp() - 1 - joint).mean(),
+        # 0.2 in each script, whatever its loss clips, so that curves compare
         "losses/clipfrac": ((logratio.exp() - 1).abs() > 0.2).float().mean(),
         # kthvalue, because torch.quantile takes 2**24 samples at most
         "offpolicy/abs_logratio_p95": absolute.kthvalue(math.ceil(0.95 * len(absolute))).values,
-        "offpolicy/ess": weight.sum() ** 2 / (len(weight) * (weight**2).sum()).clamp(min=1e-38),
+        # effective sample size (Kish 1965), as a share
+        "offpolicy/ess": relative.sum() ** 2 / (len(relative) * (relative**2).sum()).clamp(min=1e-38),
         "offpolicy/dead_fraction": (coef.abs() < 1e-3).float().mean(),
         "offpolicy/coef_mean": coef.mean(),
     }
@@ -197,7 +202,7 @@ class Args:
     """weight of the KL term (0 to 0.3)"""
     kl_to: Literal["behaviour", "current"] = "current"
     """the policy that the KL term pulls back to
-    behaviour: the policy mu that collected the sample
+    behaviour: the policy mu that collected the sample; needs a smaller weight the older the data is
     current: the policy that the iteration starts from"""
 
 
@@ -243,10 +248,11 @@ def check_flags(args):
     for name in ("gamma", "gae_lambda"):
         value = vars(args)[name]
         require(value <= 1, f"--{name.replace('_', '-')} {value}: give at most 1.")
+    require(args.num_steps > 1, "--num-steps 1: give 2 or more.")  # a step after an episode's end is no transition
     rollout = args.num_steps * args.num_envs
     divides = rollout % args.num_minibatches == 0 and rollout > args.num_minibatches
-    rule = f"--num-minibatches {args.num_minibatches}: give a proper divisor of {rollout}, a rollout's size."
-    require(args.minibatch_size or divides, rule)
+    message = f"--num-minibatches {args.num_minibatches}: give a proper divisor of {rollout}, a rollout's size."
+    require(args.minibatch_size or divides, message)
     require(args.minibatch_size != 1, "--minibatch-size 1: give 2 or more.")
     require(not (args.resume and args.evaluate), "--resume and --evaluate: give one of them.")
     require(args.eval_episodes or not args.evaluate, "--eval-episodes 0: give 1 or more.")
@@ -318,8 +324,10 @@ def refresh_advantages(buffer, slots, agent, args):
     """Recompute values and log-probabilities of the whole buffer, and the advantages where `slots`, (K,), is true."""
     count = int((buffer.versions >= 0).sum())  # slots are filled in order
     obs, actions = buffer.obs[:count].flatten(0, 2), buffer.actions[:count].flatten(0, 2)
-    chunks = [agent.get_action_and_value(*chunk) for chunk in zip(obs.split(1024), actions.split(1024))]
-    _, logprobs, _, values = map(torch.cat, zip(*chunks))
+    # in chunks, because the network needs gigabytes for all pixels at once
+    chunks = zip(obs.split(1024), actions.split(1024))
+    results = [agent.get_action_and_value(*chunk) for chunk in chunks]
+    _, logprobs, _, values = map(torch.cat, zip(*results))
     buffer.start_logprobs[:count] = logprobs.view_as(buffer.start_logprobs[:count])
     buffer.values[:count] = values.view_as(buffer.values[:count])
 
@@ -376,7 +384,7 @@ def picture(envs):
 
 def ended_episodes(infos, playing=True):
     """(return, length) of each episode that ended with this step, and its success if the environment reports one."""
-    if "recorded" not in infos:
+    if "recorded" not in infos:  # not "episode", which Meta-World's own recorder writes
         return []
     columns = [infos["recorded"]["r"], infos["recorded"]["l"]]
     if "success" in infos:
@@ -386,7 +394,7 @@ def ended_episodes(infos, playing=True):
 
 
 def episode_means(episodes, prefix):
-    """Mean return, length and success over episodes, by tag; a success that is not reported is none."""
+    """Mean return and length over episodes, and success if any episode reports one, by tag."""
     names = ("episodic_return", "episodic_length", "success_rate")
     columns = itertools.zip_longest(*episodes, fillvalue=0.0)
     return {prefix + name: float(np.mean(column)) for name, column in zip(names, columns)}
@@ -466,8 +474,8 @@ def make_atari_envs(args, num_envs, seed, **render):
     obs, action = envs.single_observation_space, envs.single_action_space
     frames = obs.shape == (4, 84, 84) and obs.dtype == np.uint8
     if not (frames and isinstance(action, gym.spaces.Discrete) and action.start == 0):
-        rule = "use (4, 84, 84) uint8 observations and actions that count from 0; try ALE/Pong-v5."
-        refuse(envs, f"--env-id {args.env_id}: {rule}")
+        message = "use (4, 84, 84) uint8 observations and actions that count from 0; try ALE/Pong-v5."
+        refuse(envs, f"--env-id {args.env_id}: {message}")
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs, stats_key="recorded")
     return ReportLifeLoss(envs) if "ALE/" in args.env_id and args.life_loss_terminates else envs
 
@@ -566,13 +574,14 @@ def make_continuous_envs(args, num_envs, seed, **render):
             env = gym.make("metaworld:Meta-World/MT1", env_name=task, seed=seed, disable_env_checker=True, **render)
         else:
             # gymnasium's default view stands still, and a robot that runs leaves it
-            camera = {"camera_name": "track"} if "gymnasium.envs.mujoco" in str(gym.registry.get(task)) else {}
+            of_mujoco = "gymnasium.envs.mujoco" in str(gym.registry.get(task))  # the text of a spec names its module
+            camera = {"camera_name": "track"} if of_mujoco else {}
             env = gym.make(task, disable_env_checker=True, **render, **camera)
         for space in (env.observation_space, env.action_space):
             if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.shape[0] > 0):
-                rule = f"observations and actions must be flat boxes, not {space}."
+                message = f"observations and actions must be flat boxes, not {space}."
                 others = "FlattenObservation makes flat observations, and gipo_rllib.py takes discrete actions."
-                refuse(env, f"--env-id {task}: {rule} {others}")
+                refuse(env, f"--env-id {task}: {message} {others}")
         if not np.issubdtype(env.action_space.dtype, np.floating):
             refuse(env, f"--env-id {task}: actions must be of a floating point type, not {env.action_space}.")
         return AnySuccess(env)
@@ -678,7 +687,8 @@ class Continuous(Args):
     update_epochs: int = 10
     num_minibatches: int = 16
     ratio: Literal["action", "dimension"] = "dimension"
-    """importance ratio of a whole action, or one for each of its dimensions"""
+    """importance ratio of a whole action, or one for each of its D dimensions.
+    Log-ratios of whole actions are about sqrt(D) times as large"""
     # tuned on HalfCheetah, Hopper and Walker2d, with K = 1 and 8
     learning_rate: float = 1e-3
     clip_coef: float = 0.4
@@ -759,8 +769,8 @@ def make_minigrid_envs(args, num_envs, seed, **render):
         shapes = {key: part.shape for key, part in obs.items()} if isinstance(obs, gym.spaces.Dict) else {}
         view = "mission" in shapes and shapes.get("image") == (7, 7, 3)
         if not (view and isinstance(action, gym.spaces.Discrete) and action.start == 0):
-            rule = "it needs MiniGrid's 7 x 7 view, a mission, and actions that count from 0."
-            refuse(env, f"--env-id {args.env_id}: {rule}")
+            message = "it needs MiniGrid's 7 x 7 view, a mission, and actions that count from 0."
+            refuse(env, f"--env-id {args.env_id}: {message}")
         return PixelsAndWords(env, args.env_id)
 
     envs = gym.vector.SyncVectorEnv([make_env] * num_envs)
@@ -861,7 +871,7 @@ def load_checkpoint(folder, domain):
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not notice flipped bits
         require(not damaged, f"{path} is damaged.")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    saved = checkpoint["args"]
+        saved = checkpoint["args"]
     own = vars(domain()).keys() - set(NOT_SAVED)
     require(saved.keys() == own, f"{folder} is a run of {saved.get('exp_name')}, which has other flags.")
     return checkpoint
@@ -894,8 +904,9 @@ def evaluate(args, weights, video_path):
     episodes = []
     video = None
     with start_envs(args, num_envs, seed_everything(args.seed, 10**9), **render) as (envs, obs):
+        agent = args.Agent(envs, args)
         with input_error(f"the agent does not fit --env-id {args.env_id} and --device {args.device}"):
-            agent = args.Agent(envs, args).to(args.device)
+            agent.to(args.device)
             agent.load_state_dict(weights)
         if args.capture_video:
             from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter  # slow to import
@@ -927,9 +938,9 @@ def evaluate(args, weights, video_path):
 def name_run(args):
     """Environment, experiment, seed, flags that are not at their defaults, and the time, so that no two are equal."""
     elsewhere = {"env_id", "exp_name", "seed", *NOT_SAVED}
-    given = vars(args).items() - vars(type(args)()).items()
-    changed = ",".join(f"{name}={value}" for name, value in sorted(given) if name not in elsewhere)
-    parts = args.env_id, args.exp_name, args.seed, changed[:100], time.time_ns()
+    changed = vars(args).items() - vars(type(args)()).items()
+    flags = ",".join(f"{name}={value}" for name, value in sorted(changed) if name not in elsewhere)
+    parts = args.env_id, args.exp_name, args.seed, flags[:100], time.time_ns()
     return re.sub(r"[^\w.,=-]", "-", "__".join(str(part) for part in parts if part != ""))
 
 
@@ -950,11 +961,11 @@ def train(args):
     if checkpoint:
         for name in FIXED:
             saved = checkpoint["args"].get(name)
-            rule = f"--{name.replace('_', '-')}: {folder} has {saved}, and a resumed run cannot change it."
-            require(vars(args).get(name) == saved, rule)
+            message = f"--{name.replace('_', '-')}: {folder} has {saved}, and a resumed run cannot change it."
+            require(vars(args).get(name) == saved, message)
     reason = f", because {folder} is finished" if checkpoint else ""
-    rule = f"--total-timesteps {args.total_timesteps}: give at least {first_step + batch_size}{reason}."
-    require(first_iteration < num_iterations, rule)
+    message = f"--total-timesteps {args.total_timesteps}: give at least {first_step + batch_size}{reason}."
+    require(first_iteration < num_iterations, message)
 
     set_threads(args)
     seed = seed_everything(args.seed, first_iteration)
@@ -963,8 +974,9 @@ def train(args):
             pass
     with contextlib.ExitStack() as stack:
         envs, obs = stack.enter_context(start_envs(args, args.num_envs, seed))
+        agent = args.Agent(envs, args)
         with input_error(f"--device {args.device}"):
-            agent = args.Agent(envs, args).to(args.device)
+            agent.to(args.device)
             next_obs = torch.as_tensor(obs, device=args.device)
         next_valid = np.ones(args.num_envs, bool)
         # the rate is a tensor, because --compile would bake in a number
@@ -1006,9 +1018,11 @@ def train(args):
             stops.append(signum)
             signal.signal(signum, handlers[signum])
 
-        handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-        for signum, handler in handlers.items():
-            stack.callback(signal.signal, signum, handler)
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                handlers[signum] = signal.signal(signum, stop)
+                stack.callback(signal.signal, signum, handlers[signum])
         print(f"{folder}: {'goes on' if checkpoint else 'starts'} after step {first_step}")
         start_time = time.time()
         progress = tqdm(range(first_iteration, num_iterations), initial=first_iteration, total=num_iterations)
@@ -1038,7 +1052,7 @@ def train(args):
                     buffer.write(slot, step, terminated=terminated, dones=terminated | truncations, valid=valid)
             if not frozen:
                 buffer.obs[slot, -1] = next_obs
-                buffer.versions[slot] = iteration - (len(actors) - 1)
+                buffer.versions[slot] = iteration - (len(actors) - 1)  # in which the policy that acted was the newest
                 # before the update: a critic that has learned unscaled rewards misleads the policy for long
                 agent.update_return_stats(buffer.rewards[slot, :-1], buffer.dones[slot, :-1], buffer.valid[slot, :-1])
             global_step += batch_size
@@ -1065,6 +1079,7 @@ def train(args):
             losses, logratios, advantages = zip(*logged)
             scalars = {tag: torch.stack([loss[tag] for loss in losses]).mean() for tag in losses[0]}
             scalars |= diagnostics(torch.cat(logratios), torch.cat(advantages), args)
+            # of the last epoch's samples
             y_pred, y_true = buffer.values.flatten()[b_inds], buffer.returns.flatten()[b_inds]
             scalars["losses/explained_variance"] = 1 - (y_true - y_pred).var() / y_true.var().clamp(min=1e-8)
             ages = iteration - buffer.versions[filled].float()

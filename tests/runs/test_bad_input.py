@@ -6,10 +6,9 @@ from short_runs import ATARI, BASELINES, CONTINUOUS, MINIGRID, SIX, three
 
 FLAGS = """--sigma 0; --sigma -1; --sigma nan; --buffer-epochs 0; --policy-lag -1; --total-timesteps 2047;
     --total-timesteps 1e6; --num-minibatches 7; --num-minibatches 0; --num-minibatches 2048; --minibatch-size 0;
-    --minibatch-size 1;
-    --num-steps 0; --num-envs 0; --update-epochs 0; --learning-rate 0; --gamma -0.1; --gamma 1.01; --gae-lambda nan;
-    --gae-lambda 1.01; --ent-coef -0.1;
-    --vf-coef -1; --kl-coef -0.1; --max-grad-norm 0; --seed -1; --freeze-buffer-at 0; --checkpoint-interval 0;
+    --minibatch-size 1; --num-steps 0; --num-steps 1; --num-envs 0; --update-epochs 0; --learning-rate 0; --gamma -0.1;
+    --gamma 1.01; --gae-lambda nan; --gae-lambda 1.01; --ent-coef -0.1; --vf-coef -1; --kl-coef -0.1;
+    --max-grad-norm 0; --seed -1; --freeze-buffer-at 0; --checkpoint-interval 0;
     --eval-episodes -1; --device tpu; --device cuda:77; --advantage-source fresh; --kl-to start; --ratio joint;
     --env-id HalfCheetah-v3; --env-id Meta-World/reech-v3; --env-id nowhere:HalfCheetah-v5""".split(";")
 CASES = [(CONTINUOUS, flags) for flags in FLAGS]

@@ -24,6 +24,7 @@ from short_runs import (
     cases,
     checkpoint_of,
     environment,
+    four,
     send,
     six,
     the_folder,
@@ -150,6 +151,18 @@ def test_environments_are_closed_when_a_run_fails(when, entry, monkeypatch):
         entry.train(env, eval_episodes=1, device="tpu" if when == "device" else "cpu")
     assert not fault_envs.OPEN
     del error
+
+
+@four
+@pytest.mark.parametrize("flag", ["", "evaluate"])
+def test_a_fault_in_the_network_keeps_its_traceback(flag, entry, monkeypatch):
+    """It is no mistake in the input: whoever edits the script must see its line."""
+    args = entry.args("Plain", eval_episodes=1)
+    weights = checkpoint_of(entry.train("Plain", 1)[1])["agent"]
+    monkeypatch.setattr(args.Agent, "__init__", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        entry.module.evaluate(args, weights, None) if flag else entry.module.train(args)
+    assert not fault_envs.OPEN
 
 
 # ---------------------------------------------------- environments ---------------------------------------------------

@@ -10,6 +10,7 @@ import signal
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import mujoco
 import numpy as np
@@ -219,6 +220,13 @@ def test_a_second_signal_ends_the_run_at_once(entry, monkeypatch):
     assert checkpoint_of(the_folder())["iteration"] == 0
 
 
+def test_a_run_in_another_thread():
+    """Only the main thread may handle signals; a sweep of wandb trains in another one."""
+    with ThreadPoolExecutor() as threads:
+        _, folder = threads.submit(CONTINUOUS.train, "Plain").result()
+    assert checkpoint_of(folder)["iteration"] == 4
+
+
 def test_signals_are_ordinary_again_during_the_evaluation(monkeypatch):
     def handlers(*_):
         return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -295,6 +303,7 @@ DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("weights"),
     "missing": lambda path: path.unlink(),
+    "of another program": lambda path: torch.save({"weights": 1}, path),
     "code": lambda path: torch.save({"args": Bomb()}, path),
     "code in place of the agent": lambda path: torch.save(torch.load(path) | {"agent": Bomb()}, path),
 }
