@@ -560,11 +560,11 @@ class Continuous(Args):
     num_steps: int = 256
     update_epochs: int = 10
     num_minibatches: int = 16
-    ratio: Literal["action", "dimension"] = "dimension"
-    """importance ratio of a whole action, or one for each of its D dimensions.
-    Log-ratios of whole actions are about sqrt(D) times as large"""
     # tuned on HalfCheetah, Hopper and Walker2d, with K = 1 and 8
     learning_rate: float = 1e-3
+    ratio: Literal["action", "dimension"] = "action"
+    """importance ratio of a whole action, or one for each of its D dimensions.
+    Log-ratios of whole actions are about sqrt(D) times as large"""
     sigma: float = 1.0
     kl_coef: float = 0.3
 

@@ -10,7 +10,8 @@ the whole action, or one for each of its dimensions.
     python ppo_baseline.py continuous --resume runs/RUN      # continue a run; or --evaluate runs/RUN --capture-video
     tensorboard --logdir runs
 
-In continuous control the defaults are tuned. PPO's usual ones are --ratio action --clip-coef 0.2 --learning-rate 3e-4.
+In continuous control the defaults are tuned. The usual ones of PPO are
+--ratio action --clip-coef 0.2 --kl-coef 0 --learning-rate 3e-4.
 
 `diff ppo_baseline.py gipo_continuous.py | head -40` shows the method, as do the diffs with gipo_atari.py and
 gipo_minigrid_vision.py. Shared code is identical in all four.
@@ -686,12 +687,13 @@ class Continuous(Args):
     num_steps: int = 256
     update_epochs: int = 10
     num_minibatches: int = 16
+    # tuned on HalfCheetah, Hopper and Walker2d, with K = 1 and 8
+    learning_rate: float = 1e-3
     ratio: Literal["action", "dimension"] = "dimension"
     """importance ratio of a whole action, or one for each of its D dimensions.
     Log-ratios of whole actions are about sqrt(D) times as large"""
-    # tuned on HalfCheetah, Hopper and Walker2d, with K = 1 and 8
-    learning_rate: float = 1e-3
     clip_coef: float = 0.4
+    kl_coef: float = 0.1
 
 
 # -------------------------------------------------- MiniGrid vision ---------------------------------------------------

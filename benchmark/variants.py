@@ -111,6 +111,7 @@ class Variant(ppo_baseline.Continuous):
     method: Literal[*LOSSES] = "gipo"
     """policy loss"""
     clip_coef: float = 0.2
+    kl_coef: float = 0.0
     sigma: float = 0.5
     """gipo, asymmetric, one_sided: width of the Gaussian weight on the log-ratio (0.2 to 2)"""
     sigma_neg: float = 0.25

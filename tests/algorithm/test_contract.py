@@ -91,10 +91,10 @@ def test_the_diff_to_the_baseline_is_the_method(name, tmp_path):
     ("cls", "expected"),
     [
         (gipo_atari.Atari, {"sigma": 0.5, "kl_coef": 0.1}),
-        (gipo_continuous.Continuous, {"sigma": 1.0, "kl_coef": 0.3, "ratio": "dimension"}),
+        (gipo_continuous.Continuous, {"sigma": 1.0, "kl_coef": 0.3, "ratio": "action"}),
         (gipo_minigrid_vision.Minigrid, {"sigma": 0.5, "kl_coef": 0.1}),
         (ppo_baseline.Atari, {"clip_coef": 0.1, "kl_coef": 0.0}),
-        (ppo_baseline.Continuous, {"clip_coef": 0.4, "kl_coef": 0.0, "ratio": "dimension"}),
+        (ppo_baseline.Continuous, {"clip_coef": 0.4, "kl_coef": 0.1, "ratio": "dimension"}),
         (ppo_baseline.Minigrid, {"clip_coef": 0.2, "kl_coef": 0.0}),
     ],
 )

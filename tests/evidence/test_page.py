@@ -198,10 +198,11 @@ def test_defaults_flags_and_numbers_in_the_text(open_page):
         assert float(control.input_value()) == defaults["clip_coef" if name == "eps" else name]
     assert page.get_by_role("switch").evaluate_all("switches => switches.every(s => s.checked)")
     assert defaults.pop("kl_coef") == args.kl_coef == 0.1
-    assert f"0.1, or {continuous.kl_coef} in continuous control" in " ".join(page.inner_text("main").split())
-    assert ppo_baseline.Minigrid().kl_coef == ppo_baseline.Continuous().kl_coef == 0
+    text, clip = " ".join(page.inner_text("main").split()), ppo_baseline.Continuous()
+    assert f"0.1, or {continuous.kl_coef} in continuous control" in text and ppo_baseline.Minigrid().kl_coef == 0
+    assert f"For PPO-clip it is 0, or {clip.kl_coef} in continuous control" in text
     assert defaults == {flag: getattr(variants.Variant(), flag) for flag in defaults}
-    assert (args.sigma, args.kl_to, continuous.ratio) == (defaults["sigma"], "current", "dimension")
+    assert (args.sigma, args.kl_to) == (defaults["sigma"], "current")
     flags = [code.split() for code in page.locator("code").all_text_contents() if code.startswith("--")]
     assert flags == [["--ratio", "dimension"], ["--kl-coef"], ["--kl-to", "behaviour"], ["--kl-to", "current"]]
     for flag, *value in flags:

@@ -116,7 +116,7 @@ def test_flags_hold_unless_they_are_given_anew(entry, monkeypatch):
 
 FIXED = ["--num-steps 16", "--num-envs 4", "--buffer-epochs 2", "--policy-lag 1", "--env-id CartPole-v1"]
 FIXED = [case for flags in FIXED for case in cases(SIX, flags)]
-FIXED += [(CONTINUOUS, "--ratio action"), (BASELINES[0], "--ratio action")]
+FIXED += [(CONTINUOUS, "--ratio dimension"), (BASELINES[0], "--ratio action")]
 
 
 @pytest.mark.parametrize(("entry", "flags"), FIXED, ids=str)
