@@ -171,7 +171,7 @@ def test_decoupled_weighs_by_the_policy_that_an_iteration_starts_from(fresh, mon
 
 def test_gipo_and_clip_are_the_scripts(fresh, monkeypatch, tmp_path):
     """A seeded run of each ends with the same weights."""
-    argv = [*TINY, "--total-timesteps", 64, "--kl-coef", 0.1]
+    argv = [*TINY, "--total-timesteps", 64, "--kl-coef", 0.1, "--ratio", "dimension"]
     flags = {"gipo": [*argv, "--sigma", 0.7], "clip": [*argv, "--clip-coef", 0.3]}
     starts = {"gipo": (gipo_continuous, flags["gipo"]), "clip": (ppo_baseline, ["continuous", *flags["clip"]])}
     starts |= {f"{method} again": (variants, [*words, "--method", method]) for method, words in flags.items()}

@@ -34,8 +34,8 @@ def test_speed_accounts_for_the_time(untouched, monkeypatch, capsys):
     shares = found[list(speed.PHASES)]
     assert (shares > 0).all() and 0.5 < shares.sum() < 1
     assert found.bare > found["steps/s"] > 0 and found["peak MB"] > 100
-    # 2 rollouts of 33 x 2 rows: observation 17, action 6, 2 x 6 log-probabilities, four numbers, three truth values
-    assert found["buffer MB"] * 2**20 == 2 * 33 * 2 * (4 * (17 + 6 + 12 + 4) + 3) + 8 * 2
+    # 2 rollouts of 33 x 2 rows: observation 17, action 6, 2 log-probabilities, four numbers, three truth values
+    assert found["buffer MB"] * 2**20 == 2 * 33 * 2 * (4 * (17 + 6 + 2 + 4) + 3) + 8 * 2
 
 
 def test_an_iteration_has_each_of_its_parts_once(untouched, monkeypatch):
