@@ -38,6 +38,13 @@ from benchmark.runner import DIAGNOSTICS, ROOT, Missing
 
 FIGURES = ROOT / "docs" / "figures"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# what an experiment decides for others
+CHOICES = {
+    "tune": "the settings of all methods, the defaults of continuous control",
+    "staleness": "the best K and the best other method, for updates and million",
+    "rllib-tune": "the learning rates of rllib",
+    "llm-tune": "the settings of llm and llm-rates",
+}
 SCORE = "score: random = 0, PPO-clip at K = 1 is 1"
 HELD_OUT = "reward on held-out prompts"
 GIPO, CLIP = name("gipo"), name("clip")
@@ -373,7 +380,7 @@ def tune() -> Texts:
 
 
 def provenance() -> Texts:
-    """Which tasks, seeds and steps each experiment has, and how many of its runs have a row."""
+    """Which tasks and seeds each experiment has, how many of its runs have a row, and what it chooses."""
     lines = {}
     for experiment, plan in EXPERIMENTS.items():
         try:
@@ -383,7 +390,8 @@ def provenance() -> Texts:
         seeds = sorted(table.seed.dropna().astype(int).unique()) if "seed" in table else []
         tasks = ", ".join(map(short, table.env_id.unique())) if "env_id" in table else ""
         rows = f"{table.revision.notna().sum()} of {len(table)}"
-        lines[experiment] = {"tasks": tasks, "seeds": " ".join(map(str, seeds)), "runs with a row": rows}
+        lines[experiment] = {"tasks": tasks, "seeds": " ".join(map(str, seeds))}
+        lines[experiment] |= {"runs with a row": rows, "chooses": CHOICES.get(experiment, "")}
     return {"provenance": markdown(pd.DataFrame(lines).T)}
 
 

@@ -227,7 +227,9 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     assert "CartPole, reuse 8" in found["rllib"] and cells(found["llm"], "no correction")[-1] == "5"
     assert cells(found["llm-rates"], "GIPO") == ["5e-05 to 0.0008"]
     assert cells(found["peers"], "SAC of Stable-Baselines3")[-1] == "5"
-    assert cells(found["provenance"], "million")[-1].startswith("144 of 144")
+    assert cells(found["provenance"], "million")[2].startswith("144 of 144")
+    chooses = {name for name in EXPERIMENTS if cells(found["provenance"], name)[-1]}
+    assert chooses == set(pages.CHOICES) and "Walker2d" in cells(found["provenance"], "tune")[0]
 
 
 def test_a_lag_is_scored_by_evaluations(folder):
