@@ -34,12 +34,12 @@ if ! python -c "$check" torch gymnasium tyro tensorboard scipy matplotlib pandas
   exit 2
 fi
 
-# makes a virtual environment for others' packages, once
+# makes a virtual environment for others' packages, and brings it up to date when its list has changed
 environment() {
-  if [[ ! -e .venv-$1/installed ]]; then
+  if ! cmp -s "$2" ".venv-$1/installed"; then
     python -m venv ".venv-$1"
     ".venv-$1/bin/pip" install --quiet -r "$2"
-    touch ".venv-$1/installed"
+    cp "$2" ".venv-$1/installed"
   fi
 }
 
@@ -57,7 +57,7 @@ case $subcommand in
   tune | staleness | updates | million | ablation | lag | freeze | metaworld | minigrid | pong) module=experiments ;;
   peers | rllib | rllib-tune | llm | llm-tune | llm-rates) module=experiments ;;
   *)
-    known=$(sed -n 's|^#  *./benchmark.sh \([a-z-]*\).*|\1|p' "$0" | paste -sd ' ')
+    known=$(sed -n 's|^#  *./benchmark.sh \([a-z-]*\).*|\1|p' benchmark.sh | paste -sd ' ')
     echo "error: give a subcommand: $known" >&2
     exit 2
     ;;

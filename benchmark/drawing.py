@@ -1,7 +1,7 @@
 """The three kinds of figures. A method has one color, its first line is solid, and equal rows give equal bytes.
 
-A table has a line for each run, with `line`, `method`, `env_id`, `value` and `curve`. A figure has a panel for each
-table, by its title.
+A table has a row for each run, with `command`, `line`, `method`, `env_id`, `value` and `curve`, and `x` for a dial. A
+figure has a panel for each table, by its title.
 """
 
 import math
@@ -54,7 +54,10 @@ def runs_per_task(table: pd.DataFrame) -> str:
 
 
 def against(panels: Panels, path: Path, xlabel: str, ylabel: str):
-    """Interquartile mean and interval against the values `x` of a dial, evenly spaced. The grey line is PPO-clip's."""
+    """Interquartile mean and interval against the values `x` of a dial, evenly spaced.
+
+    The grey line is where PPO-clip's first line starts.
+    """
 
     def draw(axes, table, styles):
         ticks, handles = sorted(table.x.unique()), {}
@@ -66,9 +69,9 @@ def against(panels: Panels, path: Path, xlabel: str, ylabel: str):
             (handles[line],) = axes.plot(at, found[:, 1], marker="o", markersize=4, **style)
             axes.vlines(at, found[:, 2], found[:, 3], color=style["color"], linewidth=1)
         axes.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
-        reference = table[(table.line == methods.name("clip")) & (table.x == ticks[0])]
-        if len(reference):
-            axes.axhline(iqm(reference.value.to_numpy()), color="0.8", linewidth=1, zorder=0)
+        clip = table[(table.method == "clip") & (table.x == ticks[0])]
+        if len(clip):
+            axes.axhline(iqm(clip[clip.line == clip.line.iloc[0]].value), color="0.8", linewidth=1, zorder=0)
         return handles
 
     figure(draw, panels, path, xlabel, ylabel, sharey=True)

@@ -19,7 +19,7 @@ import tyro
 
 from benchmark import llm_tuning, tuning
 from benchmark.intervals import iqm
-from benchmark.measurements import measure, scale, scored
+from benchmark.measurements import complete, scale, scored
 from benchmark.methods import CONTINUOUS, name, run
 from benchmark.runner import ROOT, Missing, Run, run_all, unfinished
 from benchmark.tuning import KL_TERMS, METHODS, SIZES
@@ -85,24 +85,22 @@ def evaluated_clip() -> list[Run]:
 def by_size() -> pd.DataFrame:
     """The scores of `staleness` with one setting for all K."""
     plan = list(grid(chosen(METHODS), TEN, LOCOMOTION, sizes(*LARGE)))
-    table = scored(measure(plan), scale(fresh_clip(), "staleness"))
-    if table.value.isna().any():
-        raise Missing("runs of staleness are missing; run ./benchmark.sh staleness first.")
-    return table
+    return scored(complete(plan, "staleness"), scale(fresh_clip(), "staleness"))
 
 
 def best_size(table: pd.DataFrame, method: str) -> int:
     """The K with the best score of a method."""
     own = table[table.method == method].groupby("buffer_epochs").value
-    return int(own.apply(lambda values: iqm(values.to_numpy())).idxmax())
+    return int(own.apply(iqm).idxmax())
 
 
 def best_other(table: pd.DataFrame) -> str:
-    """The method with the best score on old data, besides GIPO and PPO-clip."""
-    old = table[(table.buffer_epochs > 1) & ~table.method.isin(PAIR)]
+    """The method with the best score on old data, besides GIPO and PPO-clip. It has runs with every K."""
+    known = table[~table.method.isin(PAIR)].groupby("method").filter(lambda own: set(own.buffer_epochs) >= set(LARGE))
+    old = known[known.buffer_epochs > 1]
     if old.empty:
-        raise Missing("no other method has runs on old data; run ./benchmark.sh staleness first.")
-    return old.groupby("method").value.apply(lambda values: iqm(values.to_numpy())).idxmax()
+        raise Missing("no other method has runs with every K; run ./benchmark.sh staleness first.")
+    return old.groupby("method").value.apply(iqm).idxmax()
 
 
 def updates() -> Iterator[Run]:
@@ -207,9 +205,7 @@ def rllib_tune() -> Iterator[Run]:
 
 def rllib() -> Iterator[Run]:
     """Each loss has the learning rate with the better mean rank over both tasks."""
-    known = measure(list(rllib_tune()))
-    if known.value.isna().any():
-        raise Missing("runs of rllib-tune are missing; run ./benchmark.sh rllib-tune first.")
+    known = complete(rllib_tune(), "rllib-tune")
     ranks = known.assign(rank=known.groupby("env_id").value.rank())
     rates = ranks.groupby(["method", "learning_rate"])["rank"].mean()
     for seed, reuse, env_id, method in itertools.product(THREE, (1, 2, 8), CLASSIC, PAIR):

@@ -67,4 +67,4 @@ def clearly_better(ours: pd.Series, theirs: pd.Series) -> bool:
     if len(tasks) == 1:
         return bool(stats.ttest_ind(ours, theirs, equal_var=False).pvalue < 0.05)
     without = [(ours[ours.index != task], theirs[theirs.index != task]) for task in tasks]
-    return all(iqm(own.to_numpy()) > iqm(other.to_numpy()) for own, other in without)
+    return all(iqm(own) > iqm(other) for own, other in without)

@@ -11,8 +11,8 @@ from functools import cache
 
 import pandas as pd
 
-from benchmark.measurements import measure
-from benchmark.runner import ROOT, Missing, Run, unfinished
+from benchmark.measurements import complete
+from benchmark.runner import ROOT, Run, unfinished
 from benchmark.tuning import ranking, words
 
 TRL = ROOT / ".venv-trl" / "bin" / "python"
@@ -69,10 +69,7 @@ def round_two() -> list[Run]:
 
 def scores(plan) -> pd.DataFrame:
     """Rewards on held-out prompts, of the policy that has learned."""
-    left = len(unfinished(plan))
-    if left:
-        raise Missing(f"{left} runs of llm-tune are missing; run ./benchmark.sh llm-tune first.")
-    return measure(plan, "eval_return")
+    return complete(plan, "llm-tune", "eval_return")
 
 
 def plan() -> Iterator[Run]:

@@ -35,8 +35,18 @@ def measure(plan: Iterable[Run], column: str = "final_return") -> pd.DataFrame:
         if unknown:
             raise Missing(f"{min(unknown)} has no row of random actions; run ./benchmark.sh random first.")
         table.loc[diverged, "value"] = table.env_id[diverged].map(zero)
+        returns = random_actions()
         for i in diverged:
-            table.at[i, "curve"] = np.full(CURVE_POINTS, table.value[i])
+            table.at[i, "curve"] = np.full(CURVE_POINTS, returns[table.env_id[i]])
+    return table
+
+
+def complete(plan: Iterable[Run], experiment: str, column: str = "final_return") -> pd.DataFrame:
+    """`measure`, but every run must have a value. Raises `Missing` with the command that brings them."""
+    table = measure(plan, column)
+    left = table[table.value.isna()].command.nunique()
+    if left:
+        raise Missing(f"{left} runs of {experiment} are missing; run ./benchmark.sh {experiment} first.")
     return table
 
 
@@ -66,10 +76,7 @@ def name_different_code(table: pd.DataFrame, experiment: str):
 
 def scale(reference: Iterable[Run], experiment: str, column: str = "final_return") -> pd.DataFrame:
     """What counts as 0 and as 1 by task: random actions, and the mean of these runs of the experiment."""
-    table = measure(reference, column)
-    if table.value.isna().any():
-        raise Missing(f"the scale is not known yet; run ./benchmark.sh {experiment} first.")
-    one = table.groupby("env_id").value.mean()
+    one = complete(reference, experiment, column).groupby("env_id").value.mean()
     found = pd.DataFrame({"zero": random_actions(column.replace("eval", "final")), "one": one}).loc[one.index]
     if found.isna().any(axis=None) or (found.one <= found.zero).any():
         raise Missing(f"a task has no scale, because the runs of {experiment} are no better than random actions.")

@@ -1,6 +1,7 @@
-"""How a method is run, and how it looks: its name, color and dashes are the same in every figure and table.
+"""How a method is run, and how it looks: its name and color are the same in every figure and table.
 
-A method of variants.py that is not listed here has its own name, a grey line, and no dashes.
+Figures of results dash the lines of one method, those of the theory its coefficient. A method of variants.py that is
+not listed here has its own name, a grey line, and no dashes.
 """
 
 from benchmark.runner import Run

@@ -186,9 +186,9 @@ def headline(table: pd.DataFrame, returns: pd.DataFrame) -> Texts:
 
     The figure has GIPO, PPO-clip and plain IS.
     """
+    rivals = [CLIP, name(best_other(table))]
     simple = table[table.line.isin([GIPO, CLIP, name("plain_is")])]
     against(all_and_each(simple), FIGURES / "headline.png", "rollouts K in the replay buffer", SCORE)
-    rivals = [CLIP, name(best_other(table))]
     cells, said = {}, []
     for k, line in ((k, line) for k in LARGE for line in rivals):
         own = table[table.x == k]
@@ -332,8 +332,12 @@ def llm() -> Texts:
 def differences_by_seed(table: pd.DataFrame) -> str:
     """GIPO minus each other line, bold if the interval leaves 0 out; runs of one seed start with the same model."""
     values = table.pivot_table("value", ["x", "seed"], "line", sort=False)
+    if GIPO not in values:
+        return ""
 
     def text(x: int, line: str) -> str:
+        if values.loc[x, [GIPO, line]].isna().any(axis=None):
+            return ""
         found = paired_difference(values.loc[x, GIPO], values.loc[x, line])
         return f"**{number(found, 3)}**" if found[1] * found[2] > 0 else number(found, 3)
 
@@ -342,16 +346,14 @@ def differences_by_seed(table: pd.DataFrame) -> str:
 
 
 def llm_rates() -> Texts:
-    """By the learning rate, and the rates at which a model is no worse than before the training."""
+    """By the learning rate, and the tried rates at which a model is no worse than before the training."""
     table = sorting("llm-rates", "learning_rate")
     panel = {f"completions wait {llm_tuning.STALENESS} steps": table}
     against(panel, FIGURES / "llm-rates.png", "learning rate", HELD_OUT)
     means = table.groupby(["line", "x"], sort=False)[["value", "eval_start"]].mean().reset_index()
-    kept = means[means.value >= means.eval_start].groupby("line").x.agg(["min", "max"]).reindex(table.line.unique())
-    cells = (kept["min"].map("{:g}".format) + " to " + kept["max"].map("{:g}".format)).where(
-        kept["min"].notna(), "none"
-    )
-    return {"llm-rates": markdown(cells.to_frame("rates"))}
+    kept = means[means.value >= means.eval_start].sort_values("x").groupby("line").x
+    rates = kept.apply(lambda own: ", ".join(map("{:g}".format, own))).reindex(table.line.unique(), fill_value="none")
+    return {"llm-rates": markdown(rates.rename_axis(None).to_frame("rates"))}
 
 
 # -------------------------------------------------------- Tuning -----------------------------------------------------
@@ -367,12 +369,13 @@ def tune() -> Texts:
     cells, details = {}, []
     for method in tuning.METHODS:
         own = table[table.method == method]
-        places = {"K = 1 and 8": own} | {f"K = {k}": own[own.buffer_epochs == k] for k in tuning.SIZES}
-        for place, known in places.items():
-            best = tuning.ranking(known)
-            flags = next(flags for flags in tuning.settings(method) if tuning.words(flags) == best.index[0])
+        for k in (None, *tuning.SIZES):
+            known = own[own.buffer_epochs == k] if k else own
+            flags = tuning.choice(method, k)
+            rank = tuning.ranking(known)[tuning.words(flags)]
             edge = ", at an edge" if tuning.at_an_edge(method, flags) else ""
-            cells.setdefault(place, {})[name(method)] = f"`{shorter(best.index[0])}` ({best.iloc[0]:.2f}{edge})"
+            text = f"`{shorter(tuning.words(flags))}` ({rank:.2f}{edge})"
+            cells.setdefault(f"K = {k}" if k else "K = 1 and 8", {})[name(method)] = text
         known = own.pivot_table("value", "line", "x").assign(both=own.groupby("line").value.mean())
         known.index = name(method) + " `" + known.index.map(shorter) + "`"
         details.append(known.sort_values("both", ascending=False).rename_axis(None))
@@ -384,7 +387,7 @@ def provenance() -> Texts:
     lines = {}
     for experiment, plan in EXPERIMENTS.items():
         try:
-            table = measure(plan())
+            table = measure(plan()).drop_duplicates("command")
         except Missing:
             continue
         seeds = sorted(table.seed.dropna().astype(int).unique()) if "seed" in table else []
@@ -412,7 +415,7 @@ def main() -> int:
             print(f"error: {experiment}: {error}", file=sys.stderr)
             code = 2
     texts |= provenance() if texts else {}
-    lost = [marker for marker, text in texts.items() if text and not fill(marker, text)]
+    lost = [marker for marker, text in texts.items() if not fill(marker, text) and text]
     if lost:
         print(f"error: no page has the markers of {', '.join(lost)}; see `fill`.", file=sys.stderr)
     return 2 if lost else code

@@ -29,7 +29,7 @@ def seconds(method: str, env_id: str, steps: int) -> float:
     """The time that a run of this length takes with one thread."""
     peers = method.startswith("sb3-")
     one = peer(method[4:], env_id, 1, steps) if peers else run(method, env_id, 1, total_timesteps=steps)
-    command = [str(one.python), *f"{runner.ROOT}/{one.script}".split(), *one.arguments]
+    command = [*one.program, *one.arguments]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         single = os.environ | {"OMP_NUM_THREADS": "1"}

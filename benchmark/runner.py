@@ -5,6 +5,7 @@ begins again. A failed run is named with its log. A run that stops because a val
 row says that it diverged. A row holds all flags of its run, so that figures and tables need nothing else.
 """
 
+import contextlib
 import csv
 import fcntl
 import hashlib
@@ -16,11 +17,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, lru_cache, wraps
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pandas as pd
@@ -45,7 +47,7 @@ COLUMNS = (
     "env_id",
     "seed",
     "flags",  # all other flags, the defaults too, as JSON
-    "diverged",  # 1 for a run that stopped because a value was not finite; it has no final values
+    "diverged",  # 1 for a run that stopped because a value was not finite; it has no final or eval return
     "final_return",  # mean over the last tenth of the training, of the policy that acts
     "mean_return",  # area under the learning curve, divided by its length
     "final_success",
@@ -85,6 +87,12 @@ class Run:
         return found
 
     @property
+    def program(self) -> list[str]:
+        """What is started, before the flags."""
+        script, *words = self.script.split()
+        return [str(self.python), str(ROOT / script), *words]
+
+    @property
     def command(self) -> str:
         return " ".join(["python", self.script, *self.arguments])
 
@@ -106,14 +114,17 @@ def state() -> tuple:
     return tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(ROWS.glob("*.csv")))
 
 
+def cached(function):
+    """Keep what a function without arguments returns, as long as the files of rows stay the same."""
+    kept = lru_cache(maxsize=1)(lambda state: function())
+    return wraps(function)(lambda: kept(state()))
+
+
+@cached
 def read_rows() -> pd.DataFrame:
     """The rows of all experiments, because one run may belong to several of them."""
-    return rows_in(state())
-
-
-@lru_cache(maxsize=1)
-def rows_in(state: tuple) -> pd.DataFrame:
-    found = [rows for path, *_ in state if "command" in (rows := pd.read_csv(path))]
+    files = map(pd.read_csv, sorted(ROWS.glob("*.csv")))
+    found = [rows for rows in files if "command" in rows]
     return pd.concat(found).drop_duplicates("command") if found else pd.DataFrame(columns=COLUMNS)
 
 
@@ -173,7 +184,9 @@ def read_log(run: Run, folder: Path) -> dict:
 
     def at_the_end(tag):
         values = logged(tag)
-        return values[values.index > 0.9 * total].mean()
+        tail = values[values.index > 0.9 * total]
+        # after a late resume no episode may end in the last tenth
+        return (tail if len(tail) else values.tail(1)).mean()
 
     returns = curve(logged("charts/episodic_return"), total)
     found = {"final_return": at_the_end("charts/episodic_return"), "mean_return": returns.mean()}
@@ -188,30 +201,36 @@ def read_log(run: Run, folder: Path) -> dict:
     return row | {"curve": " ".join(f"{value:.6g}" for value in returns)}
 
 
-def execute(run: Run) -> dict:
-    """Run to the end and return the row. If the run fails, raise `CalledProcessError`; `run.folder` keeps the log."""
+@contextlib.contextmanager
+def claimed(run: Run) -> Iterator[TextIO]:
+    """The log of a run, which no other batch can do meanwhile. Raises `BlockingIOError` if another one does it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / "log.txt").open("a+") as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child keeps the lock if this process dies
         except BlockingIOError:
             raise BlockingIOError("another batch is doing this run") from None
-        started = run.folder / "code.txt"
-        saved = list(run.folder.glob("runs/*/checkpoint.pt"))
-        resumed = bool(saved) and started.exists() and started.read_text() == digest(run.code)
-        if not resumed:
-            shutil.rmtree(run.folder / "runs", ignore_errors=True)
-            started.write_text(digest(run.code))
-        current = revision(run.code)
-        again = [] if "eval_episodes" not in run.flags else ["--eval-episodes", str(run.flags["eval_episodes"])]
-        arguments = ["--resume", str(saved[0].parent), *again] if resumed else run.arguments
-        command = [str(run.python), *f"{ROOT}/{run.script}".split(), *arguments]
-        start, size = time.monotonic(), log.tell()
-        single = os.environ | {"OMP_NUM_THREADS": "1"}
-        status = subprocess.run(command, cwd=run.folder, env=single, stdout=log, stderr=log).returncode
-        seconds = round(time.monotonic() - start)
-        log.seek(size)
-        output = log.read()
+        yield log
+
+
+def execute(run: Run, log: TextIO) -> dict:
+    """Run to the end and return the row. If the run fails, raise `CalledProcessError`; `run.folder` keeps the log."""
+    started = run.folder / "code.txt"
+    saved = list(run.folder.glob("runs/*/checkpoint.pt"))
+    resumed = bool(saved) and started.exists() and started.read_text() == digest(run.code)
+    if not resumed:
+        shutil.rmtree(run.folder / "runs", ignore_errors=True)
+        started.write_text(digest(run.code))
+    current = revision(run.code)
+    again = [] if "eval_episodes" not in run.flags else ["--eval-episodes", str(run.flags["eval_episodes"])]
+    arguments = ["--resume", str(saved[0].parent), *again] if resumed else run.arguments
+    command = [*run.program, *arguments]
+    start, size = time.monotonic(), log.tell()
+    single = os.environ | {"OMP_NUM_THREADS": "1"}
+    status = subprocess.run(command, cwd=run.folder, env=single, stdout=log, stderr=log).returncode
+    seconds = round(time.monotonic() - start)
+    log.seek(size)
+    output = log.read()
     diverged = status == 1 and "not finite" in output
     # the run had ended before this process was stopped, and only its row is missing
     ended = resumed and status == 2 and "--total-timesteps" in output
@@ -220,7 +239,7 @@ def execute(run: Run) -> dict:
     (folder,) = (run.folder / "runs").iterdir()
     if ended and run.flags.get("eval_episodes") != 0:
         shutil.rmtree(folder)  # it was stopped while it evaluated, which leaves nothing to continue from
-        return execute(run)
+        return execute(run, log)
     row = read_log(run, folder) | {"revision": current, "seconds": "" if resumed else seconds}
     return row | ({"diverged": 1, "final_return": "", "final_success": "", "eval_return": ""} if diverged else {})
 
@@ -235,16 +254,18 @@ def run_all(experiment: str, runs: list[Run], workers: int | None = None) -> int
     if path.exists() and tuple(pd.read_csv(path, nrows=0).columns) != COLUMNS:
         raise Missing(f"{path} has other columns than new rows would have; move it elsewhere.")
 
-    def work(run: Run):
-        if not unfinished([run]):
-            return  # another batch has done it in the meantime
-        row = execute(run)
+    def keep(row: dict):
         with lock, path.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
-        shutil.rmtree(run.folder)
+
+    def work(run: Run):
+        with claimed(run) as log:
+            if unfinished([run]):  # another batch may have done it in the meantime
+                keep(execute(run, log))
+            shutil.rmtree(run.folder)
 
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         futures = {pool.submit(work, run): run for run in runs}

@@ -165,13 +165,14 @@ def command(title: str) -> list[str]:
 
 def table(measured: pd.DataFrame) -> str:
     """A table in Markdown of medians by title."""
-    measured["ratio"] = measured["steps/s"] / measured.get("bare")
-    measured["rest"] = 1 - measured.reindex(columns=PHASES).sum(axis=1, min_count=1)
     columns = {"steps/s": "{:,.0f}", "bare": "{:,.0f}", "ratio": "{:.1%}"} | dict.fromkeys((*PHASES, "rest"), "{:.0%}")
     columns |= {"peak MB": "{:,.0f}", "buffer MB": "{:,.0f}"}
-    medians = measured.groupby("title", sort=False).median().reindex(columns=columns)
+    measured = measured.reindex(columns=["title", *columns])
+    measured["ratio"] = measured["steps/s"] / measured.bare
+    measured["rest"] = 1 - measured[[*PHASES]].sum(axis=1, min_count=1)
+    medians = measured.groupby("title", sort=False).median()
     texts = {name: medians[name].map(text.format, na_action="ignore") for name, text in columns.items()}
-    return pd.DataFrame(texts).fillna("").rename_axis("configuration").to_markdown(disable_numparse=True)
+    return pd.DataFrame(texts, dtype=object).fillna("").rename_axis("configuration").to_markdown(disable_numparse=True)
 
 
 @dataclass

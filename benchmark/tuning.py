@@ -12,13 +12,13 @@ Runs are compared by ranks, because the returns of HalfCheetah differ by so much
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from functools import cache, lru_cache
+from functools import cache
 
 import pandas as pd
 
-from benchmark.measurements import measure
+from benchmark.measurements import complete
 from benchmark.methods import run
-from benchmark.runner import Missing, Run, state, unfinished
+from benchmark.runner import Run, cached, unfinished
 
 TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
 SEEDS = (1001, 1002, 1003)  # of each round
@@ -77,7 +77,7 @@ def beside(method: str, flags: dict) -> list[dict]:
 
 def settings(method: str) -> list[dict]:
     """All flags that a method is tried with. Raises `Missing` before round two is complete."""
-    return grid(method) + beside(method, best_of_round_two(state())[method])
+    return grid(method) + beside(method, best_of_round_two()[method])
 
 
 def words(flags: dict) -> str:
@@ -127,8 +127,8 @@ def round_two() -> list[Run]:
     return runs
 
 
-@lru_cache(maxsize=1)
-def best_of_round_two(state: tuple) -> dict[str, dict]:
+@cached
+def best_of_round_two() -> dict[str, dict]:
     """The best flags of each method, within the grid."""
     known, found = ranks(round_two()), {}
     for method in METHODS:
@@ -139,7 +139,7 @@ def best_of_round_two(state: tuple) -> dict[str, dict]:
 
 def wider() -> list[Run]:
     """The second part of round two, beside its best settings."""
-    tried = [(method, flags) for method, best in best_of_round_two(state()).items() for flags in beside(method, best)]
+    tried = [(method, flags) for method, best in best_of_round_two().items() for flags in beside(method, best)]
     return [one for method, flags in tried for one in trials(method, flags, SEEDS[1], STEPS[1], SIZES)]
 
 
@@ -164,11 +164,7 @@ def round_three() -> list[Run]:
 
 def ranks(plan: Iterable[Run]) -> pd.DataFrame:
     """The value of a run is the share of all runs with its task and K that are no better."""
-    plan = list(plan)
-    left = len(unfinished(plan))
-    if left:
-        raise Missing(f"{left} runs of tune are missing; run ./benchmark.sh tune first.")
-    table = measure(plan)
+    table = complete(plan, "tune")
     return table.assign(value=table.groupby(["env_id", "buffer_epochs"]).value.rank(pct=True))
 
 
@@ -187,13 +183,9 @@ def plan() -> list[Run]:
     return runs
 
 
+@cached
 def results() -> pd.DataFrame:
     """The ranks of the finalists in rounds two and three together."""
-    return results_in(state())
-
-
-@lru_cache(maxsize=1)
-def results_in(state: tuple) -> pd.DataFrame:
     return ranks(of_finalists(SEEDS[1]) + round_three())
 
 
@@ -203,11 +195,12 @@ def choice(method: str, k: int | None = None, **same) -> dict:
     If no finalist has these flags, round two decides.
     """
     allowed = {words(flags): flags for flags in settings(method) if same.items() <= flags.items()}
-    for table in (results, lambda: ranks(round_two() + wider())):
-        known = table()
-        found = known[(known.method == method) & known.line.isin(allowed)]
-        if k:
-            found = found[found.buffer_epochs == k]
-        if len(found):
-            break
-    return allowed[ranking(found).index[0]]
+
+    def of_these(table: pd.DataFrame) -> pd.DataFrame:
+        found = table[(table.method == method) & table.line.isin(allowed)]
+        return found[found.buffer_epochs == k] if k else found
+
+    known = of_these(results())
+    if known.empty:
+        known = of_these(ranks(round_two() + wider()))
+    return allowed[ranking(known).index[0]]

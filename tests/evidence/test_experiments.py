@@ -209,6 +209,8 @@ def test_the_best_size_and_the_best_other_method_are_those_of_the_scores(monkeyp
     assert set(lines) == ours | {"PPO-clip, CleanRL's flags", "PPO of Stable-Baselines3"}
     cleanrl = next(one for one in EXPERIMENTS["million"]() if one.line.endswith("CleanRL's flags"))
     assert cleanrl.flags["kl_coef"] == 0  # whatever the baseline's default is
+    without = table[(table.method != "tis") | (table.buffer_epochs < 32)]  # its mean of K = 8 alone would be higher
+    assert experiments.best_other(without) != "tis"
     with pytest.raises(Missing, match="staleness first"):
         experiments.best_other(table[table.buffer_epochs == 1])
     synthetic.write("staleness", [row for row in rows if row["seed"] != 11])

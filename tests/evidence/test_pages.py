@@ -5,11 +5,13 @@ import shutil
 import zlib
 
 import numpy as np
+import pandas as pd
 import pytest
 import synthetic
 from harness import ROOT
+from matplotlib.axes import Axes
 
-from benchmark import experiments, intervals, measurements, pages, quick, runner, tuning
+from benchmark import drawing, experiments, intervals, measurements, pages, quick, runner, tuning
 from benchmark.experiments import EXPERIMENTS
 from benchmark.methods import run
 
@@ -115,8 +117,9 @@ def test_the_same_rows_make_the_same_bytes_and_fewer_make_others(results, folder
     synthetic.write("staleness", results[::-1])
     assert made(folder) == first
     assert "left out" not in capsys.readouterr().err
-    synthetic.write("staleness", results[:-4])
-    synthetic.write("other", results[-4:])  # a row of another experiment counts
+    moved = [row for row in results if row["method"] == "gipo"][-4:]
+    synthetic.write("staleness", [row for row in results if row not in moved])
+    synthetic.write("other", moved)  # a row of another experiment counts
     assert made(folder) == first
     (runner.ROWS / "other.csv").unlink()
     figure, page = made(folder)
@@ -159,6 +162,18 @@ def test_pages_without_rows_stay_as_they_are(folder):
 def test_a_page_without_the_marker_is_noticed(results, folder, capsys):
     (folder / "page.md").write_text("nothing here")
     assert pages.main() == 2 and "staleness-details" in capsys.readouterr().err
+
+
+def test_a_text_that_cannot_be_made_any_more_goes_from_the_page(folder, monkeypatch):
+    def staleness():
+        return {"staleness": "new", "staleness-details": "", "on no page": ""}
+
+    synthetic.write("staleness", [])
+    monkeypatch.setattr(pages, "SECTIONS", [staleness])
+    monkeypatch.setattr(pages, "provenance", dict)
+    assert pages.main() == 0
+    page = (folder / "page.md").read_text()
+    assert text(page, "staleness") == "new" and "<!-- staleness-details -->\n\n<!-- end" in page
 
 
 @pytest.mark.slow
@@ -225,9 +240,11 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     assert found["metaworld"].count("ratio per dimension") == 2 and cells(found["metaworld"], "random actions")[0]
     assert cells(found["pong"], "GIPO")[0].startswith("122.") and cells(found["pong"], "random actions")[0] == "7.0"
     assert "CartPole, reuse 8" in found["rllib"] and cells(found["llm"], "no correction")[-1] == "5"
-    assert cells(found["llm-rates"], "GIPO") == ["5e-05 to 0.0008"]
+    assert cells(found["llm-rates"], "GIPO") == ["5e-05, 0.0001, 0.0002, 0.0004, 0.0008"]
     assert cells(found["peers"], "SAC of Stable-Baselines3")[-1] == "5"
-    assert cells(found["provenance"], "million")[2].startswith("144 of 144")
+    assert cells(found["provenance"], "million")[2] == "144 of 144"
+    runs = len({one.command for one in experiments.staleness()})  # some belong to two lines
+    assert cells(found["provenance"], "staleness")[2] == f"{runs} of {runs}"
     chooses = {name for name in EXPERIMENTS if cells(found["provenance"], name)[-1]}
     assert chooses == set(pages.CHOICES) and "Walker2d" in cells(found["provenance"], "tune")[0]
 
@@ -260,6 +277,40 @@ def table_of(*lines):
     synthetic.write("any", rows)
     found = measurements.measure(plan)
     return [found[found.line == line] for line, _ in lines]
+
+
+def test_a_figure_has_the_start_of_the_first_line_of_the_clip_as_a_reference(folder, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **_: drawn.append(y))
+    tables = []
+    for k, x, value in ((1, 10, 3.0), (8, 10, 5.0), (1, 20, 7.0)):
+        plan = [run("clip", "Hopper-v5", seed, f"PPO-clip, K = {k}", tag=f"{k} {x}") for seed in (1, 2)]
+        synthetic.write(f"any-{k}-{x}", [synthetic.row(one, value) for one in plan])
+        tables.append(measurements.measure(plan).assign(x=x))
+    drawing.against({"": pd.concat(tables)}, folder / "any.png", "", "")
+    assert drawn == [3.0]
+
+
+def test_language_models_are_compared_where_both_have_a_run(folder):
+    own = {("GIPO", 0): 3.0, ("GIPO", 32): 4.0, ("CISPO", 0): 1.0}
+    rows = [
+        {"line": line, "x": x, "seed": seed, "value": value + seed / 10 * (line == "GIPO")}
+        for (line, x), value in own.items()
+        for seed in (1, 2)
+    ]
+    table = pd.DataFrame(rows)
+    first, second = cells(pages.differences_by_seed(table), "GIPO minus CISPO")
+    assert first.startswith("**2.150 (") and second == ""
+    assert pages.differences_by_seed(table[table.line != "GIPO"]) == ""
+
+
+def test_the_curve_of_a_run_that_diverged_is_a_return(folder):
+    """Also where the value is another column."""
+    synthetic.write_random({"Meta-World/door-open-v3": 290.0}, success=0.0)
+    one = run("gipo", "Meta-World/door-open-v3", 1)
+    synthetic.write("any", [synthetic.row(one, 1.0, diverged=1, final_success="")])
+    table = measurements.measure([one], "final_success")
+    assert table.value[0] == 0 and (table.curve[0] == 290).all()
 
 
 def test_verdicts():

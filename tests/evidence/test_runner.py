@@ -1,6 +1,6 @@
 """The runs of the evidence: nothing is run twice, nothing fails unnoticed, a row says what its run's log says."""
 
-import fcntl
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from harness import ROOT, scalars
+from torch.utils.tensorboard import SummaryWriter
 
 from benchmark import methods, runner
 
@@ -75,17 +76,23 @@ def process(places, monkeypatch):
     return stand_in
 
 
+def done(run: runner.Run) -> dict:
+    """The row of a run that leaves its folder, as an interrupted one would."""
+    with runner.claimed(run) as log:
+        return runner.execute(run, log)
+
+
 @pytest.mark.parametrize(
     "method, words", [("gipo", []), ("clip", ["continuous"]), ("decoupled", ["--method", "decoupled"])]
 )
 def test_an_interrupted_run_goes_on_with_the_same_code_only(method, words, process):
     run = probe(method)
-    assert runner.execute(run)["seconds"] == 0  # and leaves its folder, as an interrupted one would
+    assert done(run)["seconds"] == 0
     saved = run.folder / "runs" / "one"
     (saved / "checkpoint.pt").touch()
-    assert runner.execute(run)["seconds"] == ""
+    assert done(run)["seconds"] == ""
     process.digest = "2"
-    assert runner.execute(run)["seconds"] == 0 and not (saved / "checkpoint.pt").exists()
+    assert done(run)["seconds"] == 0 and not (saved / "checkpoint.pt").exists()
     script = [sys.executable, str(ROOT / run.code[0]), *words]
     fresh = [*script, *run.arguments]
     assert process.commands == [fresh, [*script, "--resume", str(saved), "--eval-episodes", "0"], fresh]
@@ -94,22 +101,22 @@ def test_an_interrupted_run_goes_on_with_the_same_code_only(method, words, proce
 def test_a_run_that_had_ended_has_a_row(process):
     """As if this process had been stopped between the end of the run and its row."""
     run = probe("gipo")
-    runner.execute(run)
+    done(run)
     (run.folder / "runs" / "one" / "checkpoint.pt").touch()
     process.code, process.output = 2, "error: --total-timesteps 320: give at least 352.\n"
-    assert runner.execute(run)["seconds"] == ""
+    assert done(run)["seconds"] == ""
     process.output = "error: another mistake\n"
     with pytest.raises(CalledProcessError):
-        runner.execute(run)
+        done(run)
 
 
 def test_a_run_that_was_stopped_while_it_evaluated_begins_again(process, monkeypatch):
     run = probe("gipo", eval_episodes=5)
-    runner.execute(run)
+    done(run)
     (run.folder / "runs" / "one" / "checkpoint.pt").touch()
     process.code, process.output = 2, "error: --total-timesteps 320: give at least 352.\n"
     with pytest.raises(CalledProcessError):  # the second start is a fresh one, which may not end like that
-        runner.execute(run)
+        done(run)
     first, resumed, again = process.commands
     assert first == again and resumed[2] == "--resume" and resumed[-2:] == ["--eval-episodes", "5"]
 
@@ -117,21 +124,63 @@ def test_a_run_that_was_stopped_while_it_evaluated_begins_again(process, monkeyp
 def test_a_run_whose_loss_is_not_finite_has_a_row(process):
     run = probe("gipo")
     process.code, process.output = 1, "error: ['losses/kl'] not finite in iteration 3; runs/one keeps its last ..."
-    row = runner.execute(run)
+    row = done(run)
     assert (row["diverged"], row["final_return"], row["final_success"], row["revision"]) == (1, "", "", "abc+")
     process.output = "Traceback\n"  # the words of the first attempt are not those of this one
     with pytest.raises(CalledProcessError):
-        runner.execute(run)
+        done(run)
 
 
-def test_no_two_batches_do_one_run(process):
-    run = probe("gipo")
-    run.folder.mkdir(parents=True)
-    with (run.folder / "log.txt").open("w") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
+def test_no_two_batches_do_one_run(process, monkeypatch):
+    """Also not while a batch keeps the row of a run that has ended."""
+    run, held = probe("gipo"), []
+
+    def read_log(run, folder):
         with pytest.raises(BlockingIOError, match="another batch"):
-            runner.execute(run)
-    assert not process.commands
+            done(run)
+        held.append(run)
+        return {"command": run.command}
+
+    monkeypatch.setattr(runner, "read_log", read_log)
+    assert runner.run_all("one", [run]) == 0
+    assert held == [run] and len(process.commands) == 1 and not run.folder.exists()
+    with runner.claimed(run):
+        assert runner.run_all("other", [run]) == 1  # it is said, and not done
+    assert len(process.commands) == 1
+
+
+def test_a_run_that_was_done_while_another_batch_waited_is_not_done_again(process, monkeypatch):
+    run = probe("gipo")
+    claimed = runner.claimed
+
+    @contextlib.contextmanager
+    def late(run):
+        monkeypatch.setattr(runner, "claimed", claimed)
+        assert runner.run_all("one", [run]) == 0
+        with claimed(run) as log:
+            yield log
+
+    monkeypatch.setattr(runner, "claimed", late)
+    assert runner.run_all("other", [run]) == 0
+    assert len(process.commands) == 1 and not run.folder.exists()
+
+
+def test_a_folder_may_have_a_space(process, monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "ROOT", tmp_path / "my code")
+    done(probe("clip"))
+    assert process.commands[0][1:3] == [str(tmp_path / "my code" / "ppo_baseline.py"), "continuous"]
+
+
+def test_the_final_return_is_the_last_one_if_no_episode_ended_in_the_last_tenth(monkeypatch, tmp_path):
+    (tmp_path / "args.json").write_text('{"env_id": "Hopper-v5", "seed": 1, "total_timesteps": 100}')
+    with SummaryWriter(tmp_path) as writer:
+        for step, value in ((10, 1.0), (80, 5.0)):
+            writer.add_scalar("charts/episodic_return", value, step)
+    assert runner.read_log(probe("gipo"), tmp_path)["final_return"] == "5"
+    with SummaryWriter(tmp_path) as writer:
+        for step, value in ((95, 7.0), (100, 8.0)):
+            writer.add_scalar("charts/episodic_return", value, step)
+    assert runner.read_log(probe("gipo"), tmp_path)["final_return"] == "7.5"
 
 
 def test_what_another_experiment_has_run_is_not_run_again(process):

@@ -106,6 +106,8 @@ def test_a_configuration_that_fails_costs_no_other(monkeypatch, capsys):
     lines = {title: cells for title, *cells in rows}
     assert lines[good] == ["7", "14", "50.0%", *["12%"] * 4, "50%", "9", "1"]
     assert lines[peer] == ["5", *[""] * 9] and bad not in lines and f"{bad} failed" in printed.err
+    assert speed.main(speed.Args(repetitions=1, only="Stable")) == 0
+    assert lines[peer] == [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")[1:]]
 
 
 @pytest.mark.slow
