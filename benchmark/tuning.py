@@ -1,10 +1,10 @@
-"""The settings of each method: a grid of one shape, three rounds of tuning, and the choice.
+"""The settings of each method: a grid of one shape, four rounds of tuning, and the choice.
 
 Every method has three bandwidths, six KL terms and both units of the ratio. Round one tries all of them, early and with
 old data. Round two repeats the best quarter of each method and the best three of each unit, with fresh and with old
 data, at the length that is reported; then it tries what the grid lacks next to its best setting: two learning rates,
-and one step beyond each edge. Round three repeats the best of round two, and the two rounds together make the choice.
-Each round has a seed of its own. The tasks are those that are reported, the seeds are not.
+and one step beyond each edge. Round three repeats all of round two. Round four repeats the best of both with two seeds,
+and the last three rounds together make the choice. The tasks are those that are reported, the seeds are not.
 
 Runs are compared by ranks, because the returns of HalfCheetah differ by so much that one lucky run would decide.
 """
@@ -21,7 +21,7 @@ from benchmark.methods import run
 from benchmark.runner import Run, cached, unfinished
 
 TASKS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5")
-SEEDS = (1001, 1002, 1003)  # of each round
+SEEDS = (1001, 1002, 1003, 1004, 1005)  # of each round; the last has two
 SIZES = (1, 8)  # of the replay buffer
 STEPS = (60_000, 150_000)  # of round one and of the others
 RATES = (5e-4, 1e-3, 2e-3)  # the grid has the middle one
@@ -143,9 +143,21 @@ def wider() -> list[Run]:
     return [one for method, flags in tried for one in trials(method, flags, SEEDS[1], STEPS[1], SIZES)]
 
 
+def round_three() -> list[Run]:
+    """All settings of round two again."""
+    tried = {(one.method, one.line) for one in round_two() + wider()}
+    kept = [(method, flags) for method in METHODS for flags in settings(method) if (method, words(flags)) in tried]
+    return [one for method, flags in kept for one in trials(method, flags, SEEDS[2], STEPS[1], SIZES)]
+
+
+def before_the_last() -> pd.DataFrame:
+    """The ranks of rounds two and three together."""
+    return ranks(round_two() + wider() + round_three())
+
+
 def finalists() -> dict[str, list[dict]]:
-    """By method, the best three settings of round two, and the best one for each K."""
-    known, found = ranks(round_two() + wider()), {}
+    """By method, the best three settings of rounds two and three, and the best one for each K."""
+    known, found = before_the_last(), {}
     for method in METHODS:
         own = known[known.method == method]
         best = {*ranking(own).index[:3], *(ranking(own[own.buffer_epochs == k]).index[0] for k in SIZES)}
@@ -153,13 +165,13 @@ def finalists() -> dict[str, list[dict]]:
     return found
 
 
-def of_finalists(seed: int) -> list[Run]:
-    tried = [(method, flags) for method, known in finalists().items() for flags in known]
-    return [one for method, flags in tried for one in trials(method, flags, seed, STEPS[1], SIZES)]
+def of_finalists(seeds: Iterable[int]) -> list[Run]:
+    tried = [(seed, method, flags) for seed in seeds for method, known in finalists().items() for flags in known]
+    return [one for seed, method, flags in tried for one in trials(method, flags, seed, STEPS[1], SIZES)]
 
 
-def round_three() -> list[Run]:
-    return of_finalists(SEEDS[2])
+def round_four() -> list[Run]:
+    return of_finalists(SEEDS[3:])
 
 
 def ranks(plan: Iterable[Run]) -> pd.DataFrame:
@@ -177,7 +189,7 @@ def ranking(table: pd.DataFrame) -> pd.Series:
 def plan() -> list[Run]:
     """The runs of each round, as soon as the one before is complete."""
     runs = list(round_one())
-    for later in (round_two, wider, round_three):
+    for later in (round_two, wider, round_three, round_four):
         if not unfinished(runs):
             runs += later()
     return runs
@@ -185,14 +197,14 @@ def plan() -> list[Run]:
 
 @cached
 def results() -> pd.DataFrame:
-    """The ranks of the finalists in rounds two and three together."""
-    return ranks(of_finalists(SEEDS[1]) + round_three())
+    """The ranks of the finalists in rounds two to four together."""
+    return ranks(of_finalists(SEEDS[1:]))
 
 
 def choice(method: str, k: int | None = None, **same) -> dict:
     """The flags that are best for K = 1 and 8 together, or for this K; of those that have `same` flags if given.
 
-    If no finalist has these flags, round two decides.
+    If no finalist has these flags, rounds two and three decide.
     """
     allowed = {words(flags): flags for flags in settings(method) if same.items() <= flags.items()}
 
@@ -202,5 +214,5 @@ def choice(method: str, k: int | None = None, **same) -> dict:
 
     known = of_these(results())
     if known.empty:
-        known = of_these(ranks(round_two() + wider()))
+        known = of_these(before_the_last())
     return allowed[ranking(known).index[0]]

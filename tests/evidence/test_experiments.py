@@ -29,7 +29,7 @@ def rows(monkeypatch, tmp_path):
 
 def tuned_rows(score):
     """Rows of all rounds, with the returns of score(run)."""
-    for _ in range(4):  # round two has two parts
+    for _ in range(5):  # round two has two parts
         rows = [synthetic.row(one, at(one, score(one))) for one in tuning.plan()]
         synthetic.write("tune", rows)
 
@@ -78,9 +78,10 @@ def test_tuning_chooses_one_setting_for_both_sizes_and_the_best_for_each():
     assert tuning.choice("gipo", ratio="action")["sigma"] == 2.0  # which is no finalist
 
 
-def test_three_rounds_try_fewer_settings_each_and_the_last_two_choose():
+def test_four_rounds_try_fewer_settings_each_and_the_last_three_choose():
     early, lucky, steady = (BEST | {"kl_coef": weight} for weight in (0.03, 0.3, 0.1))
-    scores = {0.03: (0.9, 0.1, 0.1), 0.3: (0.7, 0.9, 0.2), 0.1: (0.6, 0.8, 0.8)}  # by KL weight, in each round
+    # by KL weight, for each seed
+    scores = {0.03: (0.9, 0.1, 0.1, 0.9, 0.9), 0.3: (0.7, 0.9, 0.9, 0.2, 0.2), 0.1: (0.6, 0.8, 0.8, 0.8, 0.8)}
 
     def score(run):
         if run.method == "gipo" and any(fits(run, **known) for known in (early, lucky, steady)):
@@ -88,18 +89,21 @@ def test_three_rounds_try_fewer_settings_each_and_the_last_two_choose():
         return 0.3
 
     tuned_rows(score)
-    second, third = tuning.round_two(), tuning.round_three()
+    second, third, fourth = tuning.round_two(), tuning.round_three(), tuning.round_four()
     counts = Counter(one.method for one in second)
     assert set(counts) == set(tuning.METHODS) and all(9 * 6 <= count <= 12 * 6 for count in counts.values())
-    assert {one.flags["seed"] for one in second} == {1002} and {one.flags["seed"] for one in third} == {1003}
-    assert {one.flags["buffer_epochs"] for one in second} == {one.flags["buffer_epochs"] for one in third} == {1, 8}
+    seeds = [{one.flags["seed"] for one in runs} for runs in (second, third, fourth)]
+    assert seeds == [{1002}, {1003}, {1004, 1005}]
+    assert all({one.flags["buffer_epochs"] for one in runs} == {1, 8} for runs in (second, third, fourth))
+    assert len(third) == len(second + tuning.wider())
     assert all(3 <= len(known) <= 5 for known in tuning.finalists().values())
     assert lucky in tuning.finalists()["gipo"] and early not in tuning.finalists()["gipo"]
-    assert len(tuning.plan()) == 648 + len(second) + len(tuning.wider()) + len(third)
+    assert len(fourth) == 2 * 6 * sum(map(len, tuning.finalists().values()))
+    assert len(tuning.plan()) == 648 + 2 * len(third) + len(fourth)
     assert tuning.choice("gipo") == steady
     rows = [synthetic.row(one, at(one, score(one))) for one in tuning.plan()]
     for row, one in zip(rows, tuning.plan()):
-        if one.method == "gipo" and fits(one, **steady) and one.flags["seed"] == 1003:
+        if one.method == "gipo" and fits(one, **steady) and one.flags["seed"] >= 1004:
             row |= {"final_return": "", "diverged": 1}  # counts as random actions
     synthetic.write("tune", rows)
     assert tuning.choice("gipo") == lucky
@@ -269,7 +273,7 @@ def test_tune_goes_on_with_the_later_rounds(monkeypatch):
 
     monkeypatch.setattr(experiments, "run_all", run_all)
     assert experiments.main(experiments.Args("tune")) == 0
-    assert done[0] == 648 and len(done) == 4
+    assert done[0] == 648 and len(done) == 5
     monkeypatch.setattr(experiments, "unfinished", lambda plan: plan)
     monkeypatch.setattr(experiments, "run_all", lambda *_: 1)
     assert experiments.main(experiments.Args("tune")) == 1  # and does not try forever

@@ -205,7 +205,7 @@ def everything(folder, monkeypatch):
         plan = {one.command: one for one in EXPERIMENTS[name]()}.values()
         synthetic.write(name, [synthetic.row(one, final(one), final_success=final(one) / 200) for one in plan])
 
-    rounds = ["tune"] * 4 + ["llm-tune"] * 2
+    rounds = ["tune"] * 5 + ["llm-tune"] * 2
     for name in (*rounds, "staleness", "rllib-tune", *EXPERIMENTS):  # those that others build on come first
         write(name)
     (runner.ROWS / "peer-times.csv").write_text("method,ratio\ngipo,1\nclip,1\nsb3-ppo,3\nsb3-sac,60\n")
