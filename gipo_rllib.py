@@ -499,8 +499,8 @@ def main(args: Args, config: APPOConfig):
     def stop(signum, _):
         stops.append(signum)
         if signum in (signal.SIGINT, signal.SIGTERM):  # a closing terminal sends its signal twice
+            signal.signal(signum, signal.SIG_DFL)  # before the line, whose reader may answer at once
             print("\nstops after this iteration; once more ends the program at once", flush=True)
-            signal.signal(signum, signal.SIG_DFL)
 
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     if hangup:

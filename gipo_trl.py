@@ -435,9 +435,9 @@ class Progress(transformers.ProgressCallback):
             signal.signal(number, self.stop)
 
     def stop(self, number, _):
-        print("\nsaves and stops after this step; once more ends the program at once", flush=True)
+        signal.signal(number, signal.SIG_DFL)  # before the line, whose reader may answer at once
         self.stopped = number
-        signal.signal(number, signal.SIG_DFL)
+        print("\nsaves and stops after this step; once more ends the program at once", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
