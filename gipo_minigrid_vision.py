@@ -734,9 +734,9 @@ def train(args):
         stops = []
 
         def stop(signum, frame):
-            print("\nstops after this iteration; once more ends the program at once", flush=True)
+            signal.signal(signum, handlers[signum])  # before the line, whose reader may answer at once
             stops.append(signum)
-            signal.signal(signum, handlers[signum])
+            print("\nstops after this iteration; once more ends the program at once", flush=True)
 
         handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
