@@ -362,8 +362,28 @@ def shorter(flags: str) -> str:
     return flags.removeprefix(f"--learning-rate {tuning.RATES[1]:g} ")
 
 
+def agreement() -> str:
+    """A sentence on how much of a setting's mean rank another seed, or another round, confirms."""
+    known = tuning.before_the_last()
+    by_seed = known.pivot_table("value", ["method", "line"], "seed")
+    first, second = by_seed.columns
+    within = by_seed - by_seed.groupby("method").transform("mean")
+    early = tuning.ranks(tuning.round_one()).groupby(["method", "line"]).value.mean()
+    seeds = by_seed[first].corr(by_seed[second], "spearman"), within[first].corr(within[second], "spearman")
+    rounds = early.corr(by_seed.mean(axis=1), "spearman")
+    error = tuning.results().groupby(["method", "line"]).value.sem().mean()
+    return (
+        f"The mean ranks of the {len(by_seed)} settings on seed {first} and on seed {second} have a rank correlation "
+        f"(Spearman) of {seeds[0]:.2f}, or {seeds[1]:.2f} around the mean of each method. Those of round one have "
+        f"{rounds:.2f} with those of rounds two and three. The standard error of a finalist's mean rank is {error:.2f}."
+    )
+
+
 def tune() -> Texts:
-    """The choice of each method for both K and for each, with its mean rank; and all settings of the last rounds."""
+    """The choice of each method for both K and for each, with its mean rank; and all settings of the last rounds.
+
+    *lead* is how far the choice for both K is ahead of the method's next best setting.
+    """
     table = tuning.results().assign(x=lambda own: "K = " + own.buffer_epochs.astype(str))
     measurements.name_different_code(table, "tune")
     cells, details = {}, []
@@ -376,10 +396,13 @@ def tune() -> Texts:
             edge = ", at an edge" if tuning.at_an_edge(method, flags) else ""
             text = f"`{shorter(tuning.words(flags))}` ({rank:.2f}{edge})"
             cells.setdefault(f"K = {k}" if k else "K = 1 and 8", {})[name(method)] = text
+        best, following = tuning.ranking(own).iloc[:2]
+        cells.setdefault("lead", {})[name(method)] = f"{best - following:.2f}"
         known = own.pivot_table("value", "line", "x").assign(both=own.groupby("line").value.mean())
         known.index = name(method) + " `" + known.index.map(shorter) + "`"
         details.append(known.sort_values("both", ascending=False).rename_axis(None))
-    return {"tune": markdown(pd.DataFrame(cells)), "tune-details": markdown(pd.concat(details).map("{:.2f}".format))}
+    texts = {"tune": markdown(pd.DataFrame(cells)), "tune-agreement": agreement()}
+    return texts | {"tune-details": markdown(pd.concat(details).map("{:.2f}".format))}
 
 
 def provenance() -> Texts:

@@ -37,7 +37,7 @@ def between(name):
 
 
 def marked(*names):
-    ends = ("", "-differences", "-details", "-best", "-best-differences")
+    ends = ("", "-differences", "-details", "-best", "-best-differences", "-agreement")
     headline = ["headline" + end for end in ("", "-verdict", "-scores", "-returns")]
     return [name + end for name in names for end in ends] + headline + ["provenance"]
 
@@ -232,7 +232,8 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     assert {path.stem for path in (everything / "figures").iterdir()} == drawn
     assert len(found["tune"].splitlines()) == 2 + 6
     assert len(found["tune-details"].splitlines()) == 2 + sum(map(len, tuning.finalists().values()))
-    assert cells(found["tune"], "GIPO")[0].startswith("`--ratio ")
+    assert cells(found["tune"], "GIPO")[0].startswith("`--ratio ") and float(cells(found["tune"], "GIPO")[-1]) > 0
+    assert f"of the {len(tuning.round_three()) // 6} settings on seed 1002" in found["tune-agreement"]
     assert len(found["updates"].splitlines()) == 2 + 9 and "GIPO, K = 8 minus K = 1, 40 epochs" in page
     assert len(found["ablation"].splitlines()) == 2 + 14
     assert len(found["million"].splitlines()) == 2 + 8 + 1  # seven lines of methods, no flags, random actions
@@ -247,6 +248,21 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     assert cells(found["provenance"], "staleness")[2] == f"{runs} of {runs}"
     chooses = {name for name in EXPERIMENTS if cells(found["provenance"], name)[-1]}
     assert chooses == set(pages.CHOICES) and "Walker2d" in cells(found["provenance"], "tune")[0]
+
+
+def test_how_far_the_rounds_of_tuning_agree(monkeypatch):
+    """By hand: method a keeps its order and b turns it around, but b is always ahead of a."""
+    first = {("a", "x"): 0.125, ("a", "y"): 0.25, ("b", "x"): 0.75, ("b", "y"): 0.875}
+    second = {("a", "x"): 0.125, ("a", "y"): 0.375, ("b", "x"): 0.875, ("b", "y"): 0.75}
+    rows = [(*line, seed, x) for seed, ranks in ((1, first), (2, second)) for line, x in ranks.items()]
+    both = pd.DataFrame(rows, columns=["method", "line", "seed", "value"])
+    monkeypatch.setattr(tuning, "before_the_last", lambda: both)
+    monkeypatch.setattr(tuning, "results", lambda: both)
+    monkeypatch.setattr(tuning, "round_one", list)
+    monkeypatch.setattr(tuning, "ranks", lambda plan: both.assign(value=-both.value))
+    said = pages.agreement()
+    assert "of the 4 settings on seed 1 and on seed 2 have a rank correlation (Spearman) of 0.80, or 0.45" in said
+    assert "have -1.00 with" in said and said.endswith("mean rank is 0.05.")
 
 
 def test_a_lag_is_scored_by_evaluations(folder, monkeypatch):
