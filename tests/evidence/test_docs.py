@@ -62,9 +62,26 @@ def last_length(code: str) -> float:
     return float(output.rsplit(maxsplit=1)[-1])
 
 
+def three_lines() -> list[str]:
+    return re.search(r"## Three lines.*?```python\n(.*?)```", README.read_text(), re.DOTALL)[1].splitlines()
+
+
+def test_the_three_lines_are_the_loss_of_continuous_control_on_fresh_data():
+    args = gipo_continuous.Continuous()
+    assert (args.ratio, args.kl_to) == ("action", "current")
+    torch.manual_seed(1)
+    logratio, advantages = torch.randn(64, requires_grad=True), torch.randn(64)
+    space = {"torch": torch, "logratio": logratio, "mb_advantages": advantages}
+    exec("\n".join(three_lines()), space)
+    own_loss = gipo_continuous.policy_loss(logratio.unsqueeze(1), advantages.unsqueeze(1), args)
+    own_loss = own_loss + args.kl_coef * (0.5 * logratio**2).mean()
+    found, own = (torch.autograd.grad(loss, logratio)[0] for loss in (space["pg_loss"], own_loss))
+    torch.testing.assert_close(found, own)
+
+
 @pytest.mark.slow
 def test_the_three_line_change_turns_a_plain_ppo_into_gipo():
-    lines = re.search(r"## Three lines.*?```python\n(.*?)```", README.read_text(), re.DOTALL)[1].splitlines()
+    lines = three_lines()
     code = (ROOT / "tests" / "plain_ppo.py").read_text()
     own = re.search(r"# Policy loss\n(.*?)\n *# Value loss", code, re.DOTALL)[1]
     assert len(lines) == 3 and "clipped" in own
