@@ -190,14 +190,14 @@ def headline(table: pd.DataFrame, returns: pd.DataFrame) -> Texts:
     simple = table[table.line.isin([GIPO, CLIP, name("plain_is")])]
     against(all_and_each(simple), FIGURES / "headline.png", "rollouts K in the replay buffer", SCORE)
     cells, said = {}, []
-    for k, line in ((k, line) for k in LARGE for line in rivals):
+    for line, k in ((line, k) for line in rivals for k in LARGE):
         own = table[table.x == k]
         for task, part in all_and_each(own).items():
             pair = part[part.line == GIPO], part[part.line == line]
             cells.setdefault(f"GIPO minus {line}, K = {k}", {})[task] = bold_difference(*pair)
             said += [verdict(*pair, f"K = {k}")] if task == "all tasks" else []
     n = runs_per_task(table[table.line == GIPO])
-    texts = {"headline": markdown(pd.DataFrame(cells).assign(n=n)), "headline-verdict": " ".join(filter(None, said))}
+    texts = {"headline": markdown(pd.DataFrame(cells).T.assign(n=n)), "headline-verdict": " ".join(filter(None, said))}
     shown = [GIPO, *rivals]
     texts["headline-scores"] = score_table(table[table.line.isin(shown)])
     by_task = returns[returns.line.isin(shown)]
