@@ -7,7 +7,7 @@ import sys
 import pytest
 from harness import ROOT
 
-from benchmark import experiments
+from benchmark import experiments, runner
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), CONTRIBUTING]
@@ -51,6 +51,12 @@ def test_every_experiment_of_the_pages_is_one():
     """Or one of the second edition, whose rows are still there. tests/evidence/test_experiments.py makes the plans."""
     named = {command.split()[1] for command in commands() if command.startswith("./benchmark.sh")}
     assert named <= experiments.EXPERIMENTS.keys() | {path.stem for path in (ROOT / "benchmark/results").glob("*.csv")}
+
+
+def test_the_row_that_the_protocol_repeats_is_there():
+    (only,) = re.findall(r'--only "(.*)"', (ROOT / "docs" / "protocol.md").read_text())
+    (command,) = {one.command for one in experiments.staleness() if only in one.command}
+    assert command in set(runner.read_rows().command)
 
 
 def test_benchmark_sh_names_every_experiment():
