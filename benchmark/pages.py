@@ -202,7 +202,9 @@ def headline(table: pd.DataFrame, returns: pd.DataFrame) -> Texts:
     texts["headline-scores"] = score_table(table[table.line.isin(shown)])
     by_task = returns[returns.line.isin(shown)]
     by_task = by_task.assign(line=by_task.line + ", K = " + by_task.x.astype(str), x=by_task.env_id.map(short))
-    return texts | {"headline-returns": return_table(by_task)}
+    unit = scale(fresh_clip(), "staleness").iterrows()
+    ends = ", ".join(f"{own.zero:.0f} and {own.one:,.0f} in {short(env_id)}" for env_id, own in unit)
+    return texts | {"headline-returns": return_table(by_task), "headline-scale": f"The returns of 0 and 1 are {ends}."}
 
 
 def return_table(table: pd.DataFrame, column: str = "final_return", digits: int = 0) -> str:

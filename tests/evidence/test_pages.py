@@ -38,7 +38,7 @@ def between(name):
 
 def marked(*names):
     ends = ("", "-differences", "-details", "-best", "-best-differences", "-agreement")
-    headline = ["headline" + end for end in ("", "-verdict", "-scores", "-returns")]
+    headline = ["headline" + end for end in ("", "-verdict", "-scores", "-returns", "-scale")]
     return [name + end for name in names for end in ends] + headline + ["provenance"]
 
 
@@ -107,6 +107,8 @@ def test_tables_of_staleness(results, folder):
     assert middles(scores, "GIPO") == middles(table, "GIPO") and len(scores.splitlines()) == 2 + 3
     np.testing.assert_allclose(middles(returns, "GIPO, K = 8"), [870, 452, 270], rtol=0.04)  # 0.9 of the scale
     assert cells(returns, "random actions") == ["-300", "20", "0", ""] and len(returns.splitlines()) == 2 + 9 + 1
+    ends = "-300 and 1,000 in HalfCheetah, 20 and 500 in Hopper, 0 and 300 in Walker2d"
+    assert text(page, "headline-scale") == f"The returns of 0 and 1 are {ends}."
     assert (folder / "figures" / "headline.png").exists()
     assert page.startswith("before\n") and page.endswith("after\n")
 
