@@ -104,7 +104,7 @@ def best_other(table: pd.DataFrame) -> str:
 
 
 def updates() -> Iterator[Run]:
-    """More update epochs per iteration. Runs with 10, the default, are those of `staleness`; the others are compiled."""
+    """More update epochs per iteration. Runs with 10, the default, are those of `staleness`; others are compiled."""
     epochs = [{}, *({"update_epochs": n, "compile": True} for n in (20, 40))]
     dials = [{"buffer_epochs": k} | more for k in LARGE for more in epochs]
     yield from grid(chosen([*PAIR, best_other(by_size())]), FIVE, LOCOMOTION, dials)

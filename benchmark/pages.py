@@ -160,24 +160,38 @@ def all_and_each(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {"all tasks": table} | {short(env_id): own for env_id, own in table.groupby("env_id", sort=False)}
 
 
-def dial(experiment: str, flag: str, xlabel: str, column: str = "final_return") -> Texts:
+def headed(table: pd.DataFrame, pattern: str) -> pd.DataFrame:
+    """The same with a text for each `x`, which heads its column."""
+    return table.assign(x=table.x.map(pattern.format))
+
+
+def dial(experiment: str, flag: str, xlabel: str, pattern: str, column: str = "final_return") -> Texts:
     """Figure and tables of scores against the values of a flag."""
     table, returns = on_one_scale(experiment, flag, column)
-    return dial_texts(experiment, table, returns, xlabel)
+    return dial_texts(experiment, table, returns, xlabel, pattern)
 
 
-def dial_texts(experiment: str, table: pd.DataFrame, returns: pd.DataFrame, xlabel: str) -> Texts:
+def dial_texts(experiment: str, table: pd.DataFrame, returns: pd.DataFrame, xlabel: str, pattern: str) -> Texts:
     against(all_and_each(table), FIGURES / f"{experiment}.png", xlabel, SCORE)
+    return tables(experiment, headed(table, pattern), headed(returns, pattern))
+
+
+def tables(experiment: str, table: pd.DataFrame, returns: pd.DataFrame) -> Texts:
+    """Scores, differences, and returns with the measures of the log."""
     texts = {experiment: score_table(table), f"{experiment}-differences": difference_table(table)}
     return texts | {f"{experiment}-details": detail_table(returns)}
 
 
 def staleness() -> Texts:
+    """The methods with one setting for all K; and with one for each K, where that is another one."""
     table, returns = on_one_scale("staleness", "buffer_epochs")
+    again = ~table.line.isin(ONE_SETTING) & table.duplicated(["method", "command"])
+    table, returns = table[~again], returns[~again]
     one = table[table.line.isin(ONE_SETTING)]
-    texts = dial_texts("staleness", one, returns, "rollouts K in the replay buffer")
-    own_best = table[~table.line.isin(ONE_SETTING) | (table.line == GIPO)]
-    texts["staleness-best"], texts["staleness-best-differences"] = score_table(own_best), difference_table(own_best)
+    texts = dial_texts("staleness", one, returns, "rollouts K in the replay buffer", "K = {}")
+    same_seeds = one[(one.line == GIPO) & one.seed.isin(FIVE) & one.x.isin(tuning.SIZES)]
+    best = headed(pd.concat([same_seeds, table[~table.line.isin(ONE_SETTING)]]), "K = {}")
+    texts |= {"staleness-best": score_table(best), "staleness-best-differences": difference_table(best)}
     return texts | headline(one, returns)
 
 
@@ -199,7 +213,7 @@ def headline(table: pd.DataFrame, returns: pd.DataFrame) -> Texts:
     n = runs_per_task(table[table.line == GIPO])
     texts = {"headline": markdown(pd.DataFrame(cells).T.assign(n=n)), "headline-verdict": " ".join(filter(None, said))}
     shown = [GIPO, *rivals]
-    texts["headline-scores"] = score_table(table[table.line.isin(shown)])
+    texts["headline-scores"] = score_table(headed(table[table.line.isin(shown)], "K = {}"))
     by_task = returns[returns.line.isin(shown)]
     by_task = by_task.assign(line=by_task.line + ", K = " + by_task.x.astype(str), x=by_task.env_id.map(short))
     unit = scale(fresh_clip(), "staleness").iterrows()
@@ -220,7 +234,7 @@ def updates() -> Texts:
     names = table.line + ", K = " + table.buffer_epochs.astype(str)
     table, returns = (one.assign(line=names, x=one.x.replace(0, 10)) for one in (table, returns))
     table, returns = (one.sort_values(["x", "buffer_epochs"], kind="stable") for one in (table, returns))
-    texts = dial_texts("updates", table, returns, "update epochs per iteration")
+    texts = dial_texts("updates", table, returns, "update epochs per iteration", "{} epochs")
     pairs = [(f"{GIPO}, K = {k}", f"{GIPO}, K = 1") for k in LARGE[1:]]
     cells = {}
     for (ours, fresh), x in ((pair, x) for pair in pairs for x in sorted(set(table.x))):
@@ -233,20 +247,18 @@ def updates() -> Texts:
 def ablation() -> Texts:
     table, returns = on_one_scale("ablation", "buffer_epochs")
     forest({f"K = {k}": own for k, own in table.groupby("x")}, FIGURES / "ablation.png", SCORE)
-    texts = {"ablation": score_table(table), "ablation-differences": difference_table(table)}
-    return texts | {"ablation-details": detail_table(returns)}
+    return tables("ablation", headed(table, "K = {}"), headed(returns, "K = {}"))
 
 
 def lag() -> Texts:
-    return dial("lag", "policy_lag", "policy lag L, iterations", "eval_return")
+    return dial("lag", "policy_lag", "policy lag L, iterations", "L = {}", "eval_return")
 
 
 def freeze() -> Texts:
     table, returns = on_one_scale("freeze", "buffer_epochs", "eval_return")
     panels = {short(env_id): own.assign(end=STEPS / 1000) for env_id, own in table.groupby("env_id", sort=False)}
     over_time(panels, FIGURES / "freeze.png", "thousand steps", SCORE, sharey=True, mark=FREEZE_AT / 1000)
-    texts = {"freeze": score_table(table), "freeze-differences": difference_table(table)}
-    return texts | {"freeze-details": detail_table(returns)}
+    return tables("freeze", headed(table, "K = {}"), headed(returns, "K = {}"))
 
 
 def peers() -> Texts:

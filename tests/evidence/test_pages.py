@@ -26,7 +26,7 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.setattr(pages, "FIGURES", tmp_path / "figures")
     monkeypatch.setattr(pages, "PAGES", [tmp_path / "page.md"])
     monkeypatch.setattr(intervals, "RESAMPLES", 200)
-    monkeypatch.setattr(tuning, "choice", lambda method, k=None, **same: tuning.grid(method)[1])
+    monkeypatch.setattr(tuning, "choice", lambda method, k=None, **same: tuning.grid(method)[2 if k == 8 else 1])
     monkeypatch.setattr(experiments, "TEN", experiments.FIVE)
     (tmp_path / "page.md").write_text("".join(f"before\n{between(name)}after\n" for name in marked("staleness")))
     return tmp_path
@@ -81,9 +81,11 @@ def middles(table: str, line: str) -> list[float]:
     return [float(cell.strip("*").split()[0]) for cell in cells(table, line)[:-1]]
 
 
-def test_tables_of_staleness(results, folder):
+def test_tables_of_staleness(results, folder, monkeypatch):
+    monkeypatch.setattr(pages, "FIVE", experiments.FIVE[:4])
     _, page = made(folder)
     table = text(page, "staleness")
+    assert [cell.strip() for cell in table.splitlines()[0].split("|")[2:5]] == ["K = 1", "K = 8", "K = 32"]
     for line, expected in {"GIPO": [0.9] * 3, "PPO-clip": [1, 0.3, 0.1], "SAPO": [0.8, 0.7, 0.5]}.items():
         np.testing.assert_allclose(middles(table, line), expected, atol=0.04)
         assert cells(table, line)[-1] == "5"
@@ -92,8 +94,10 @@ def test_tables_of_staleness(results, folder):
     np.testing.assert_allclose(middles(differences, "GIPO minus PPO-clip"), [-0.1, 0.6, 0.8], atol=0.04)
     assert all(cell.startswith("**") for cell in cells(differences, "GIPO minus PPO-clip")[:-1])
     assert "Hopper" in text(page, "staleness-details").splitlines()[0]
-    assert cells(text(page, "staleness-details"), "GIPO, 8")[3:] == ["0.5"] * 5 + ["0"]
-    assert len(text(page, "staleness-best").splitlines()) == 2 + 4
+    assert cells(text(page, "staleness-details"), "GIPO, K = 8")[3:] == ["0.5"] * 5 + ["0"]
+    best = text(page, "staleness-best")  # settings that differ from the one for all K, on the same seeds
+    assert len(best.splitlines()) == 2 + 4 and cells(best, "GIPO")[-1] == "4"
+    assert cells(best, "SAPO, best for its K")[0] == "" and cells(best, "SAPO, best for its K")[1]
     headline = text(page, "headline")
     lines = [row.split("|")[1].strip() for row in headline.splitlines()[2:]]
     assert lines == [f"GIPO minus {rival}, K = {k}" for rival in ("PPO-clip", "SAPO") for k in (1, 8, 32)]
@@ -119,7 +123,7 @@ def test_the_same_rows_make_the_same_bytes_and_fewer_make_others(results, folder
     synthetic.write("staleness", results[::-1])
     assert made(folder) == first
     assert "left out" not in capsys.readouterr().err
-    moved = [row for row in results if row["method"] == "gipo"][-4:]
+    moved = [row for row in results if row["method"] == "gipo"][:4]
     synthetic.write("staleness", [row for row in results if row not in moved])
     synthetic.write("other", moved)  # a row of another experiment counts
     assert made(folder) == first
@@ -136,7 +140,7 @@ def test_a_run_that_diverged_counts_as_random_actions(results, folder, capsys):
     row |= {"final_return": "", "diverged": 1, "curve": ""} | dict.fromkeys(runner.DIAGNOSTICS, "")
     synthetic.write("staleness", results)
     _, page = made(folder)
-    assert cells(text(page, "staleness-details"), "GIPO, 32")[-1] == "1"
+    assert cells(text(page, "staleness-details"), "GIPO, K = 32")[-1] == "1"
     plan = [one for one in experiments.staleness() if one.command == row["command"]]
     table = measurements.measure(plan[:1])
     assert table.value[0] == 20 and (table.curve[0] == 20).all() and len(table.curve[0]) == runner.CURVE_POINTS
