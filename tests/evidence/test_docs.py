@@ -91,14 +91,14 @@ def test_the_three_line_change_turns_a_plain_ppo_into_gipo():
 
 def test_a_trained_agent_acts_as_the_readme_says(monkeypatch, tmp_path):
     code = re.search(r"```python\n(import torch\nfrom gipo_continuous import .*?)```", README.read_text(), re.DOTALL)[1]
-    args = gipo_continuous.Continuous("Hopper-v5", 2048, num_envs=2, num_steps=16, eval_episodes=0)
+    args = gipo_continuous.Continuous("HalfCheetah-v5", 2048, num_envs=2, num_steps=16, eval_episodes=0)
     monkeypatch.chdir(tmp_path)
     _, folder = gipo_continuous.train(dataclasses.replace(args, total_timesteps=32))
-    env = gym.make("Hopper-v5")
+    env = gym.make("HalfCheetah-v5")
     obs, _ = env.reset(seed=1)
     space = {"env": env, "obs": obs}
     exec(re.sub('"runs/.*?"', repr(str(folder)), code), space)
-    assert space["action"].shape == (1, 3) and space["action"].isfinite().all()
+    assert space["action"].shape == (1, 6) and space["action"].isfinite().all()
     assert (space["obs"] != obs).any()
 
 
