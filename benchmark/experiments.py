@@ -125,7 +125,7 @@ def million() -> Iterator[Run]:
 
 
 def ablation() -> Iterator[Run]:
-    """From GIPO's choice one thing at a time, and the same for PPO-clip's KL term and V-trace."""
+    """From GIPO's choice one thing at a time, and the same for PPO-clip's KL term, clip and V-trace."""
     own, clip = tuning.choice("gipo"), tuning.choice("clip")
     other = {"action": "dimension", "dimension": "action"}[own["ratio"]]
     changes = {"GIPO": {}, f"ratio per {other}": {"ratio": other}}
@@ -138,6 +138,7 @@ def ablation() -> Iterator[Run]:
     lines.append((f"ratio per {other}, tuned for it", "gipo", tuning.choice("gipo", ratio=other)))
     lines.append(("weight only where r > 1", "one_sided", own))
     clips = {"PPO-clip": {}, "PPO-clip, no V-trace": {"advantage_source": "recompute"}}
+    clips |= {f"PPO-clip, epsilon {2 * clip['clip_coef']:g}": {"clip_coef": 2 * clip["clip_coef"]}}
     clips |= {"PPO-clip, no KL": {"kl_coef": 0.0, "kl_to": None}} if clip["kl_coef"] else {}
     lines += [(line, "clip", clip | change) for line, change in clips.items()]
     yield from grid(lines, FIVE, LOCOMOTION, sizes(8, 32))

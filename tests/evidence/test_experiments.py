@@ -189,6 +189,7 @@ def test_ablation_changes_one_thing_at_a_time(untuned):
              for line, pairs in changed.items()}  # fmt: skip
     assert names.pop("GIPO") == names.pop("weight only where r > 1") == names.pop("PPO-clip") == set()
     assert names.pop("PPO-clip, no KL") == {"kl_coef", "kl_to"}
+    assert names.pop(f"PPO-clip, epsilon {2 * start['clip']['clip_coef']:g}") == {"clip_coef"}
     assert names.pop("PPO-clip, no V-trace") == {"advantage_source"}
     assert names.pop("ratio per dimension") == {"ratio"} and names.pop("no KL") == {"kl_coef", "kl_to"}
     assert names.pop("no V-trace") == {"advantage_source"}

@@ -241,7 +241,7 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     assert cells(found["tune"], "GIPO")[0].startswith("`--ratio ") and float(cells(found["tune"], "GIPO")[-1]) > 0
     assert f"of the {len(tuning.round_three()) // 6} settings on seed 1002" in found["tune-agreement"]
     assert len(found["updates"].splitlines()) == 2 + 9 and "GIPO, K = 8 minus K = 1, 40 epochs" in page
-    assert len(found["ablation"].splitlines()) == 2 + 14
+    assert len(found["ablation"].splitlines()) == 2 + 15
     assert len(found["million"].splitlines()) == 2 + 8 + 1  # seven lines of methods, no flags, random actions
     assert cells(found["million"], "GIPO, no flags")[-1] == "1"
     assert found["metaworld"].count("ratio per dimension") == 2 and cells(found["metaworld"], "random actions")[0]
