@@ -48,7 +48,7 @@ RLLIB_RATES = (5e-4, 1e-3)
 LLM_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 
 
-def grid(lines: Iterable[tuple[str, str, dict]], seeds, envs, dials=({},), steps=STEPS) -> Iterator[Run]:
+def crossed(lines: Iterable[tuple[str, str, dict]], seeds, envs, dials=({},), steps=STEPS) -> Iterator[Run]:
     """Runs of (line, method, flags) by seed, dial (more flags) and environment. Lines vary fastest."""
     lines = list(lines)
     for seed, dial, env_id, (line, method, flags) in itertools.product(seeds, dials, envs, lines):
@@ -66,25 +66,25 @@ def sizes(*ks: int) -> list[dict]:
 
 def staleness() -> Iterator[Run]:
     """One setting for all K, and beside it the best setting for K = 1 and for K = 8."""
-    yield from grid(chosen(METHODS), TEN, LOCOMOTION, sizes(*LARGE))
+    yield from crossed(chosen(METHODS), TEN, LOCOMOTION, sizes(*LARGE))
     for k in SIZES:
         best = [(f"{name(method)}, best for its K", method, tuning.choice(method, k)) for method in METHODS]
-        yield from grid(best, FIVE, LOCOMOTION, sizes(k))
+        yield from crossed(best, FIVE, LOCOMOTION, sizes(k))
 
 
 def fresh_clip() -> list[Run]:
     """What has the score 1: PPO-clip on fresh data."""
-    return list(grid(chosen(["clip"]), TEN, LOCOMOTION, sizes(1)))
+    return list(crossed(chosen(["clip"]), TEN, LOCOMOTION, sizes(1)))
 
 
 def evaluated_clip() -> list[Run]:
     """What has the score 1 where the policy that learns is measured: PPO-clip without a lag."""
-    return list(grid(chosen(["clip"], buffer_epochs=1, **EVALUATED), FIVE, LOCOMOTION))
+    return list(crossed(chosen(["clip"], buffer_epochs=1, **EVALUATED), FIVE, LOCOMOTION))
 
 
 def by_size() -> pd.DataFrame:
     """The scores of `staleness` with one setting for all K."""
-    plan = list(grid(chosen(METHODS), TEN, LOCOMOTION, sizes(*LARGE)))
+    plan = list(crossed(chosen(METHODS), TEN, LOCOMOTION, sizes(*LARGE)))
     return scored(complete(plan, "staleness"), scale(fresh_clip(), "staleness"))
 
 
@@ -107,7 +107,7 @@ def updates() -> Iterator[Run]:
     """More update epochs per iteration. Runs with 10, the default, are those of `staleness`; others are compiled."""
     epochs = [{}, *({"update_epochs": n, "compile": True} for n in (20, 40))]
     dials = [{"buffer_epochs": k} | more for k in LARGE for more in epochs]
-    yield from grid(chosen([*PAIR, best_other(by_size())]), FIVE, LOCOMOTION, dials)
+    yield from crossed(chosen([*PAIR, best_other(by_size())]), FIVE, LOCOMOTION, dials)
 
 
 def million() -> Iterator[Run]:
@@ -118,7 +118,7 @@ def million() -> Iterator[Run]:
         own = tuning.choice(method)
         lines += [(f"{name(method)}, K = {k}", method, own | {"buffer_epochs": k}) for k in sorted(known)]
     lines.append((f"{name('clip')}, CleanRL's flags", "clip", CLEANRL))
-    yield from grid(lines, FIVE, WITH_ANT, [{"compile": True}], MILLION)
+    yield from crossed(lines, FIVE, WITH_ANT, [{"compile": True}], MILLION)
     yield from (peer("ppo", env_id, seed, MILLION) for seed, env_id in itertools.product(FIVE, WITH_ANT))
     for env_id in WITH_ANT:
         yield Run("gipo", CONTINUOUS[1], {"env_id": env_id}, f"{name('gipo')}, no flags")
@@ -141,7 +141,7 @@ def ablation() -> Iterator[Run]:
     clips |= {f"PPO-clip, epsilon {2 * clip['clip_coef']:g}": {"clip_coef": 2 * clip["clip_coef"]}}
     clips |= {"PPO-clip, no KL": {"kl_coef": 0.0, "kl_to": None}} if clip["kl_coef"] else {}
     lines += [(line, "clip", clip | change) for line, change in clips.items()]
-    yield from grid(lines, FIVE, LOCOMOTION, sizes(8, 32))
+    yield from crossed(lines, FIVE, LOCOMOTION, sizes(8, 32))
 
 
 def four() -> dict[str, None]:
@@ -151,12 +151,12 @@ def four() -> dict[str, None]:
 
 def lag() -> Iterator[Run]:
     dials = [{"policy_lag": n or None} for n in (0, 2, 8)]
-    yield from grid(chosen(four(), buffer_epochs=1, **EVALUATED), FIVE, LOCOMOTION, dials)
+    yield from crossed(chosen(four(), buffer_epochs=1, **EVALUATED), FIVE, LOCOMOTION, dials)
 
 
 def freeze() -> Iterator[Run]:
     own = chosen(four(), buffer_epochs=24, freeze_buffer_at=FREEZE_AT, **EVALUATED)
-    yield from grid(own, FIVE, LOCOMOTION)
+    yield from crossed(own, FIVE, LOCOMOTION)
 
 
 def metaworld() -> Iterator[Run]:
@@ -164,7 +164,7 @@ def metaworld() -> Iterator[Run]:
     units = itertools.product(PAIR, ("dimension", "action"))
     lines = [(f"{name(m)}, ratio per {ratio}", m, tuning.choice(m, ratio=ratio)) for m, ratio in units]
     large = {"num_envs": 8, "num_steps": 64, "buffer_epochs": 40}
-    yield from grid(lines, THREE, METAWORLD, [large], 300_000)
+    yield from crossed(lines, THREE, METAWORLD, [large], 300_000)
 
 
 def defaults(methods: Iterable[str]) -> list[tuple[str, str, dict]]:
@@ -178,11 +178,11 @@ def discrete() -> list[tuple[str, str, dict]]:
 
 
 def minigrid() -> Iterator[Run]:
-    yield from grid(discrete(), THREE, [FETCH], sizes(1, 32), steps=None)
+    yield from crossed(discrete(), THREE, [FETCH], sizes(1, 32), steps=None)
 
 
 def pong() -> Iterator[Run]:
-    yield from grid(discrete(), THREE, [PONG], [{"buffer_epochs": 8, "bfloat16": True}], MILLION)
+    yield from crossed(discrete(), THREE, [PONG], [{"buffer_epochs": 8, "bfloat16": True}], MILLION)
 
 
 def peer(algorithm: str, env_id: str, seed: int, steps: int) -> Run:
@@ -243,7 +243,7 @@ def llm_rates() -> Iterator[Run]:
 def quick() -> Iterator[Run]:
     """The scripts' defaults, in about five minutes on two cores. No Atari game is learned in that time."""
     for env_id, steps in QUICK.items():
-        yield from grid(defaults(PAIR), THREE, [env_id], sizes(1, 8), steps)
+        yield from crossed(defaults(PAIR), THREE, [env_id], sizes(1, 8), steps)
 
 
 ALL = (staleness, updates, million, ablation, lag, freeze, metaworld, minigrid, pong)

@@ -14,7 +14,7 @@ EDGE = 0.02  # an interval that ends this close to 0 shows no difference
 NONE = (np.nan, np.nan)
 
 
-def by_task(values: pd.Series) -> list[np.ndarray]:
+def samples_by_task(values: pd.Series) -> list[np.ndarray]:
     return [own.to_numpy() for _, own in values.groupby(level=0)]
 
 
@@ -36,12 +36,12 @@ def bootstrap(statistic, samples: list[np.ndarray]) -> tuple[float, float, float
 
 
 def iqm_interval(values: pd.Series) -> tuple[float, float, float]:
-    return bootstrap(iqm, by_task(values))
+    return bootstrap(iqm, samples_by_task(values))
 
 
 def difference(ours: pd.Series, theirs: pd.Series) -> tuple[float, float, float]:
     """The difference of two interquartile means over the same tasks, and the ends of its interval."""
-    own, other = by_task(ours), by_task(theirs)
+    own, other = samples_by_task(ours), samples_by_task(theirs)
 
     def between(*samples, axis=-1):
         return iqm(*samples[: len(own)], axis=axis) - iqm(*samples[len(own) :], axis=axis)

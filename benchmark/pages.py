@@ -26,9 +26,9 @@ from benchmark.experiments import (
     STEPS,
     best_other,
     chosen,
+    crossed,
     evaluated_clip,
     fresh_clip,
-    grid,
     sizes,
 )
 from benchmark.intervals import clearly_better, difference, iqm_interval, paired_difference
@@ -165,13 +165,8 @@ def headed(table: pd.DataFrame, pattern: str) -> pd.DataFrame:
     return table.assign(x=table.x.map(pattern.format))
 
 
-def dial(experiment: str, flag: str, xlabel: str, pattern: str, column: str = "final_return") -> Texts:
-    """Figure and tables of scores against the values of a flag."""
-    table, returns = on_one_scale(experiment, flag, column)
-    return dial_texts(experiment, table, returns, xlabel, pattern)
-
-
 def dial_texts(experiment: str, table: pd.DataFrame, returns: pd.DataFrame, xlabel: str, pattern: str) -> Texts:
+    """Figure and tables of scores against the values of a flag."""
     against(all_and_each(table), FIGURES / f"{experiment}.png", xlabel, SCORE)
     return tables(experiment, headed(table, pattern), headed(returns, pattern))
 
@@ -214,11 +209,11 @@ def headline(table: pd.DataFrame, returns: pd.DataFrame) -> Texts:
     texts = {"headline": markdown(pd.DataFrame(cells).T.assign(n=n)), "headline-verdict": " ".join(filter(None, said))}
     shown = [GIPO, *rivals]
     texts["headline-scores"] = score_table(headed(table[table.line.isin(shown)], "K = {}"))
-    by_task = returns[returns.line.isin(shown)]
-    by_task = by_task.assign(line=by_task.line + ", K = " + by_task.x.astype(str), x=by_task.env_id.map(short))
+    each = returns[returns.line.isin(shown)]
+    each = each.assign(line=each.line + ", K = " + each.x.astype(str), x=each.env_id.map(short))
     unit = scale(fresh_clip(), "staleness").iterrows()
     ends = ", ".join(f"{own.zero:.0f} and {own.one:,.0f} in {short(env_id)}" for env_id, own in unit)
-    return texts | {"headline-returns": return_table(by_task), "headline-scale": f"The returns of 0 and 1 are {ends}."}
+    return texts | {"headline-returns": return_table(each), "headline-scale": f"The returns of 0 and 1 are {ends}."}
 
 
 def return_table(table: pd.DataFrame, column: str = "final_return", digits: int = 0) -> str:
@@ -251,7 +246,8 @@ def ablation() -> Texts:
 
 
 def lag() -> Texts:
-    return dial("lag", "policy_lag", "policy lag L, iterations", "L = {}", "eval_return")
+    table, returns = on_one_scale("lag", "policy_lag", "eval_return")
+    return dial_texts("lag", table, returns, "policy lag L, iterations", "L = {}")
 
 
 def freeze() -> Texts:
@@ -263,7 +259,7 @@ def freeze() -> Texts:
 
 def peers() -> Texts:
     """The choices at K = 1 next to Stable-Baselines3, by data and by time."""
-    own = grid(chosen(("gipo", "clip")), FIVE, tuning.TASKS, sizes(1))
+    own = crossed(chosen(("gipo", "clip")), FIVE, tuning.TASKS, sizes(1))
     table = scored(whole(measure([*own, *EXPERIMENTS["peers"]()]), ["line"], "peers"), scale(fresh_clip(), "staleness"))
     path = runner.ROWS / "peer-times.csv"
     if not path.exists():
