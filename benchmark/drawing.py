@@ -20,14 +20,14 @@ Panels = dict[str, pd.DataFrame]
 
 
 def figure(draw, panels: Panels, path: Path, xlabel: str, ylabel: str, sharey: bool):
-    """Panels with one legend, two a row. The PNG omits the library's version, which would change its bytes."""
+    """Panels with one legend, two or three a row. The PNG omits the library's version, which would change its bytes."""
     styles, known = {}, pd.concat(panels.values())
     for method, lines in known.groupby("method", sort=False).line.unique().items():
         color = methods.style(method)[1]
         styles |= {line: {"color": color, "linestyle": DASHES[i % 4]} for i, line in enumerate(lines)}
-    columns = min(len(panels), 2)
+    columns = 3 if len(panels) % 3 == 0 else min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
-    made = plt.figure(figsize=(4 * columns + 2.5, 3.4 * rows), layout="constrained")
+    made = plt.figure(figsize=(4 * min(columns, 2) + 2.5, 3.4 * rows), layout="constrained")
     places = made.subplots(rows, columns, squeeze=False, sharey=sharey)
     handles = {}
     for axes, (title, table) in zip(places.flat, panels.items()):
@@ -56,7 +56,7 @@ def runs_per_task(table: pd.DataFrame) -> str:
 def against(panels: Panels, path: Path, xlabel: str, ylabel: str):
     """Interquartile mean and interval against the values `x` of a dial, evenly spaced.
 
-    The grey line is where PPO-clip's first line starts.
+    The grey line is where PPO-clip's first line starts, of all panels where a panel has no PPO-clip.
     """
 
     def draw(axes, table, styles):
@@ -69,7 +69,8 @@ def against(panels: Panels, path: Path, xlabel: str, ylabel: str):
             (handles[line],) = axes.plot(at, found[:, 1], marker="o", markersize=4, **style)
             axes.vlines(at, found[:, 2], found[:, 3], color=style["color"], linewidth=1)
         axes.set_xticks(range(len(ticks)), [f"{x:g}" for x in ticks])
-        clip = table[(table.method == "clip") & (table.x == ticks[0])]
+        known = table if "clip" in set(table.method) else pd.concat(panels.values())
+        clip = known[(known.method == "clip") & (known.x == ticks[0])]
         if len(clip):
             axes.axhline(iqm(clip[clip.line == clip.line.iloc[0]].value), color="0.8", linewidth=1, zorder=0)
         return handles

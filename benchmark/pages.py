@@ -6,6 +6,7 @@ What belongs to an experiment without rows stays as it is. Intervals are 95 %, a
 each task. A difference is bold if it shows: `intervals.clearly_better`.
 """
 
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -225,18 +226,28 @@ def return_table(table: pd.DataFrame, column: str = "final_return", digits: int 
 
 
 def updates() -> Texts:
-    table, returns = on_one_scale("updates", "update_epochs")
-    names = table.line + ", K = " + table.buffer_epochs.astype(str)
-    table, returns = (one.assign(line=names, x=one.x.replace(0, 10)) for one in (table, returns))
-    table, returns = (one.sort_values(["x", "buffer_epochs"], kind="stable") for one in (table, returns))
-    texts = dial_texts("updates", table, returns, "update epochs per iteration", "{} epochs")
-    pairs = [(f"{GIPO}, K = {k}", f"{GIPO}, K = 1") for k in LARGE[1:]]
-    cells = {}
-    for (ours, fresh), x in ((pair, x) for pair in pairs for x in sorted(set(table.x))):
-        for task, part in all_and_each(table[table.x == x]).items():
-            pair = part[part.line == ours], part[part.line == fresh]
-            cells.setdefault(f"{ours} minus K = 1, {x} epochs", {})[task] = bold_difference(*pair)
-    return texts | {"updates-differences": markdown(pd.DataFrame(cells).T)}
+    """The figure has a panel for each method; the differences are of GIPO with a buffer and with fresh data."""
+    table, returns = (one.assign(x=one.x.replace(0, 10)) for one in on_one_scale("updates", "update_epochs"))
+    differences = buffer_minus_fresh(table[table.line == GIPO])
+    table, returns = (one.sort_values(["x", "line", "buffer_epochs"], kind="stable") for one in (table, returns))
+    table, returns = (one.assign(line=one.line + ", K = " + one.buffer_epochs.astype(str)) for one in (table, returns))
+    panels = {line: own for line, own in table.groupby(table.method.map(name))}
+    against(panels, FIGURES / "updates.png", "update epochs per iteration", SCORE)
+    texts = tables("updates", headed(table, "{} epochs"), headed(returns, "{} epochs"))
+    return texts | {"updates-differences": differences}
+
+
+def buffer_minus_fresh(table: pd.DataFrame) -> str:
+    """Each K above 1 minus K = 1, by task; with as many update epochs, and with the fewest."""
+    ticks, cells = sorted(set(table.x)), {}
+    for k, x in itertools.product(LARGE[1:], ticks):
+        for fresh_x in sorted({ticks[0], x}):
+            found = cells[f"K = {k}, {x} epochs minus K = 1, {fresh_x} epochs"] = {}
+            for task, own in all_and_each(table).items():
+                ours = own[(own.buffer_epochs == k) & (own.x == x)]
+                fresh = own[(own.buffer_epochs == 1) & (own.x == fresh_x)]
+                found[task] = bold_difference(ours, fresh)
+    return markdown(pd.DataFrame(cells).T.assign(n=runs_per_task(table[table.buffer_epochs == 1])))
 
 
 def ablation() -> Texts:

@@ -240,7 +240,7 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     assert len(found["tune-details"].splitlines()) == 2 + sum(map(len, tuning.finalists().values()))
     assert cells(found["tune"], "GIPO")[0].startswith("`--ratio ") and float(cells(found["tune"], "GIPO")[-1]) > 0
     assert f"of the {len(tuning.round_three()) // 6} settings on seed 1002" in found["tune-agreement"]
-    assert len(found["updates"].splitlines()) == 2 + 9 and "GIPO, K = 8 minus K = 1, 40 epochs" in page
+    assert len(found["updates"].splitlines()) == 2 + 9 and "K = 8, 40 epochs minus K = 1, 10 epochs" in page
     assert len(found["ablation"].splitlines()) == 2 + 15
     assert len(found["million"].splitlines()) == 2 + 8 + 1  # seven lines of methods, no flags, random actions
     assert cells(found["million"], "GIPO, no flags")[-1] == "1"
@@ -310,8 +310,23 @@ def test_a_figure_has_the_start_of_the_first_line_of_the_clip_as_a_reference(fol
         plan = [run("clip", "Hopper-v5", seed, f"PPO-clip, K = {k}", tag=f"{k} {x}") for seed in (1, 2)]
         synthetic.write(f"any-{k}-{x}", [synthetic.row(one, value) for one in plan])
         tables.append(measurements.measure(plan).assign(x=x))
-    drawing.against({"": pd.concat(tables)}, folder / "any.png", "", "")
-    assert drawn == [3.0]
+    without = pd.concat(tables).assign(method="gipo", line="GIPO")
+    drawing.against({"clip": pd.concat(tables), "gipo": without}, folder / "any.png", "", "")
+    assert drawn == [3.0, 3.0]
+
+
+def test_a_buffer_is_compared_with_fresh_data_and_as_many_or_the_fewest_epochs():
+    means = {(1, 10): 1.0, (1, 20): 2.0, (8, 10): 4.0, (8, 20): 8.0}
+    rows = [
+        {"command": f"{k} {x} {seed}", "env_id": "Hopper-v5", "buffer_epochs": k, "x": x, "value": mean + seed / 10}
+        for (k, x), mean in means.items()
+        for seed in (1, 2, 3)
+    ]
+    found = pages.buffer_minus_fresh(pd.DataFrame(rows))
+    ends = ("10 epochs minus K = 1, 10", "20 epochs minus K = 1, 10", "20 epochs minus K = 1, 20")
+    shown = [cells(found, f"K = 8, {end} epochs") for end in ends]
+    assert [float(all_tasks.strip("*").split()[0]) for all_tasks, _, _ in shown] == [3.0, 7.0, 6.0]
+    assert {n for *_, n in shown} == {"3"} and cells(found, f"K = 32, {ends[0]} epochs")[0] == ""
 
 
 def test_language_models_are_compared_where_both_have_a_run(folder):
