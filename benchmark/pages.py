@@ -91,13 +91,19 @@ def bold_difference(ours: pd.DataFrame, theirs: pd.DataFrame, digits: int = 2) -
     return f"**{text}**" if clearly_better(*pair) or clearly_better(*pair[::-1]) else text
 
 
-def difference_table(table: pd.DataFrame, line: str = GIPO, digits: int = 2) -> str:
-    """This line minus each other line, by `x`."""
+def difference_cells(table: pd.DataFrame, line: str = GIPO, digits: int = 2) -> pd.DataFrame:
+    """This line minus each other line, by `x`; empty without this line or another one."""
     ours = table[table.line == line]
     if ours.empty or table.line.nunique() == 1:
-        return ""
+        return pd.DataFrame()
     others = table[table.line != line].assign(line=f"{line} minus " + table.line)
-    return markdown(in_cells(others, lambda own: bold_difference(ours[ours.x == own.x.iloc[0]], own, digits)))
+    return in_cells(others, lambda own: bold_difference(ours[ours.x == own.x.iloc[0]], own, digits))
+
+
+def difference_table(table: pd.DataFrame, line: str = GIPO, digits: int = 2) -> str:
+    """`difference_cells` in Markdown."""
+    cells = difference_cells(table, line, digits)
+    return "" if cells.empty else markdown(cells)
 
 
 def detail_table(table: pd.DataFrame) -> str:
@@ -226,28 +232,34 @@ def return_table(table: pd.DataFrame, column: str = "final_return", digits: int 
 
 
 def updates() -> Texts:
-    """The figure has a panel for each method; the differences are of GIPO with a buffer and with fresh data."""
+    """The figure has a panel for each method. A buffer is compared with fresh data, and GIPO with the others."""
     table, returns = (one.assign(x=one.x.replace(0, 10)) for one in on_one_scale("updates", "update_epochs"))
-    differences = buffer_minus_fresh(table[table.line == GIPO])
     table, returns = (one.sort_values(["x", "line", "buffer_epochs"], kind="stable") for one in (table, returns))
+    by_method = {line: own for line, own in table.groupby("line")}
+    texts = {"updates-tasks": buffer_minus_fresh(all_and_each(by_method[GIPO]))}
+    texts["updates-differences"] = buffer_minus_fresh(by_method)
     table, returns = (one.assign(line=one.line + ", K = " + one.buffer_epochs.astype(str)) for one in (table, returns))
-    panels = {line: own for line, own in table.groupby(table.method.map(name))}
+    panels = {name(method): own for method, own in table.groupby("method", sort=False)}
     against(panels, FIGURES / "updates.png", "update epochs per iteration", SCORE)
-    texts = tables("updates", headed(table, "{} epochs"), headed(returns, "{} epochs"))
-    return texts | {"updates-differences": differences}
+    table, returns = (headed(one, "{} epochs") for one in (table, returns))
+    by_size = [difference_cells(own, f"{GIPO}, K = {k}") for k, own in table.groupby("buffer_epochs")]
+    texts["updates-methods"] = markdown(pd.concat(by_size))
+    return tables("updates", table, returns) | texts
 
 
-def buffer_minus_fresh(table: pd.DataFrame) -> str:
-    """Each K above 1 minus K = 1, by task; with as many update epochs, and with the fewest."""
-    ticks, cells = sorted(set(table.x)), {}
+def buffer_minus_fresh(columns: dict[str, pd.DataFrame]) -> str:
+    """Each K above 1 minus K = 1 in each of these tables; with as many update epochs, and with the fewest."""
+    known = pd.concat(columns.values())
+    ticks, cells = sorted(set(known.x)), {}
     for k, x in itertools.product(LARGE[1:], ticks):
         for fresh_x in sorted({ticks[0], x}):
             found = cells[f"K = {k}, {x} epochs minus K = 1, {fresh_x} epochs"] = {}
-            for task, own in all_and_each(table).items():
+            for column, own in columns.items():
                 ours = own[(own.buffer_epochs == k) & (own.x == x)]
                 fresh = own[(own.buffer_epochs == 1) & (own.x == fresh_x)]
-                found[task] = bold_difference(ours, fresh)
-    return markdown(pd.DataFrame(cells).T.assign(n=runs_per_task(table[table.buffer_epochs == 1])))
+                found[column] = bold_difference(ours, fresh)
+    first = next(iter(columns.values()))
+    return markdown(pd.DataFrame(cells).T.assign(n=runs_per_task(first[first.buffer_epochs == 1])))
 
 
 def ablation() -> Texts:

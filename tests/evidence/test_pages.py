@@ -322,7 +322,7 @@ def test_a_buffer_is_compared_with_fresh_data_and_as_many_or_the_fewest_epochs()
         for (k, x), mean in means.items()
         for seed in (1, 2, 3)
     ]
-    found = pages.buffer_minus_fresh(pd.DataFrame(rows))
+    found = pages.buffer_minus_fresh({"all tasks": pd.DataFrame(rows)})
     ends = ("10 epochs minus K = 1, 10", "20 epochs minus K = 1, 10", "20 epochs minus K = 1, 20")
     shown = [cells(found, f"K = 8, {end} epochs") for end in ends]
     assert [float(all_tasks.strip("*").split()[0]) for all_tasks, _, _ in shown] == [3.0, 7.0, 6.0]
