@@ -56,7 +56,7 @@ def runs_per_task(table: pd.DataFrame) -> str:
 def against(panels: Panels, path: Path, xlabel: str, ylabel: str):
     """Interquartile mean and interval against the values `x` of a dial, evenly spaced.
 
-    The grey line is where PPO-clip's first line starts, of all panels where a panel has no PPO-clip.
+    The grey line is where PPO-clip's first line starts. A panel without PPO-clip has that of all panels.
     """
 
     def draw(axes, table, styles):
