@@ -41,7 +41,9 @@ def make_learner(env_id: str, **flags):
     """The flags, their config and a learner in this process."""
     args = gipo_rllib.Args(env_id=env_id, norm_adv=False, **flags)
     config = gipo_rllib.make_config(args)
-    return args, config, config.build_learner(env=gym.make(env_id))
+    learner = config.build_learner(env=gym.make(env_id))
+    learner.shutdown()  # ends its thread, which waits for batches by polling: ten of them take a core
+    return args, config, learner
 
 
 def recorded(learner, rows: int = 150) -> dict:
