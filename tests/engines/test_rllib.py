@@ -577,11 +577,14 @@ def test_a_terminal_that_closes_stops_the_run_but_not_under_nohup(tmp_path):
     """Its signal goes to all processes of the terminal, Ray's too; standard error may be closed."""
     flags = ["--iteration-seconds", 1, "--exp-name", "a:b/c d", "--total-timesteps", 3000]
 
+    def obey():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+
     def ignore():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         os.close(2)
 
-    for preparation, code in ((None, 129), (ignore, 0)):
+    for preparation, code in ((obey, 129), (ignore, 0)):
         longer = ["--total-timesteps", 10**6] if code else []
         process = start(tmp_path, *flags, *longer, stderr=None, start_new_session=True, preexec_fn=preparation)
         lines = []

@@ -219,7 +219,8 @@ def test_a_second_signal_ends_the_run_at_once(entry, monkeypatch):
             send(number)
 
     monkeypatch.setattr(entry.module, "print", answered, raising=False)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.default_int_handler
+    signal.signal(signal.SIGINT, before)  # a shell starts its background jobs without it
     at_iteration(entry.module, monkeypatch, 2, lambda: send(number))
     with pytest.raises(KeyboardInterrupt):
         entry.train("Plain", 100)
