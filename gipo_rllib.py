@@ -26,6 +26,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -157,6 +158,14 @@ def require(condition: bool, message: str, code: int = 2):
         raise Failure(message, code)
 
 
+def place(error):
+    """Where an error comes from, if that is no library: the innermost file and line."""
+    libraries = (sys.prefix, sys.base_prefix, "<", __file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    return f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+
+
 @contextlib.contextmanager
 def one_sentence(what: str, code: int = 2):
     """Turn any error in this block into a `Failure`, because each library has its own exceptions."""
@@ -166,7 +175,8 @@ def one_sentence(what: str, code: int = 2):
         raise
     except Exception as error:
         error = error.__cause__ or error
-        raise Failure(f"{what}: {error} ({type(error).__name__}).", code) from None
+        text = str(error) or "it failed"
+        raise Failure(f"{what}: {text} ({type(error).__name__}{place(error)}).", code) from None
 
 
 # ------------------------------------------------------- Loss --------------------------------------------------------

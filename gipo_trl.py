@@ -264,6 +264,7 @@ import pkgutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 
 import transformers
@@ -359,6 +360,14 @@ def require(condition, message):
         raise InputError(message)
 
 
+def place(error):
+    """Where an error comes from, if that is no library: the innermost file and line."""
+    libraries = (sys.prefix, sys.base_prefix, "<", __file__)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    return f" in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+
+
 @contextlib.contextmanager
 def input_error(what):
     """Turn any error into an InputError, because each library has its own exceptions."""
@@ -367,8 +376,8 @@ def input_error(what):
     except InputError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise InputError(f"{what}: {text} ({type(error).__name__}).") from error
+        text = " ".join(str(error).split())[:300] or "it failed"
+        raise InputError(f"{what}: {text} ({type(error).__name__}{place(error)}).") from error
 
 
 def read_rows(args, config):

@@ -214,6 +214,14 @@ def test_an_environment_that_does_not_fit_is_refused(env_id, words):
         gipo_rllib.make_config(gipo_rllib.Args(env_id=env_id))
 
 
+def test_an_error_in_a_module_of_the_user_s_comes_with_its_line(monkeypatch, tmp_path):
+    (tmp_path / "of_a_user.py").write_text("\n\n1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    sentence = re.escape(f"division by zero (ZeroDivisionError in {tmp_path / 'of_a_user.py'}, line 3).")
+    with pytest.raises(gipo_rllib.Failure, match=sentence):
+        gipo_rllib.make_config(gipo_rllib.Args(env_id="of_a_user:Mine-v0"))
+
+
 def test_an_actor_plays_an_environment_with_integer_observations():
     config = gipo_rllib.make_config(gipo_rllib.Args(env_id="rllib_probes:IntObservations-v0"))
     runner = SingleAgentEnvRunner(config=config)

@@ -748,6 +748,7 @@ BAD = {
     "--data numbers.jsonl: prompt must be a text": [*MODEL, "--data", "numbers.jsonl"],
     "--data empty.jsonl: 0 rows": [*MODEL, "--data", "empty.jsonl"],
     "--reward nomodule:f: give exact or module:function": ["--reward", "nomodule:f"],
+    "bug.py, line 2).": ["--reward", "bug:f"],
     "--reward own:nothing: it is no function": ["--reward", "own:nothing"],
     "--model ./nowhere: ": ["--model", "./nowhere"],
     "--model ./endless: its tokenizer has no end-of-sequence token": ["--model", "./endless"],
@@ -770,6 +771,7 @@ def test_a_mistake_is_one_sentence_and_starts_no_run(tmp_path, monkeypatch):
     write_rows(tmp_path / "answerless.jsonl", [*rows, {"prompt": "1="}])
     write_rows(tmp_path / "numbers.jsonl", [{"prompt": "1=", "answer": 1}])
     write_rows(tmp_path / "empty.jsonl", [])
+    (tmp_path / "bug.py").write_text("\n1 / 0\n")
     write_rows(tmp_path / "chats.jsonl", [{"prompt": [{"role": "user", "content": "1"}], "answer": "1"}] * 60)
     monkeypatch.setattr(gipo_trl, "warm_up", lambda *_: pytest.fail("too late"))
     for words, flags in BAD.items():

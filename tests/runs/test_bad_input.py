@@ -1,5 +1,7 @@
 """A mistake in the input: one sentence that names the flag, exit code 2, and nothing created."""
 
+import re
+
 import pytest
 import torch
 from short_runs import ATARI, BASELINES, CONTINUOUS, MINIGRID, SIX, three
@@ -49,6 +51,15 @@ def test_environments_that_cannot_be_learned_are_refused(entry, env, why, tmp_pa
         entry.train(env)
     assert isinstance(error.value, entry.module.InputError) and "--env-id" in str(error.value)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("entry", SIX, ids=str)
+def test_an_error_in_a_module_of_the_user_s_comes_with_its_line(entry, monkeypatch, tmp_path):
+    (tmp_path / "of_a_user.py").write_text("\n\n1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    sentence = re.escape(f"division by zero (ZeroDivisionError in {tmp_path / 'of_a_user.py'}, line 3).")
+    with pytest.raises(entry.module.InputError, match=sentence):
+        entry.train("of_a_user:Mine-v0")
 
 
 @pytest.mark.parametrize("entry", SIX, ids=str)
