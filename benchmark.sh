@@ -37,6 +37,7 @@ fi
 # makes a virtual environment for others' packages, and brings it up to date when its list has changed
 environment() {
   if ! cmp -s "$2" ".venv-$1/installed"; then
+    echo "installs $2 into .venv-$1" >&2
     python -m venv ".venv-$1"
     ".venv-$1/bin/pip" install --quiet -r "$2"
     cp "$2" ".venv-$1/installed"
@@ -44,11 +45,13 @@ environment() {
 }
 
 subcommand=${1:-}
-case $subcommand in
-  peers | peers-time | million) environment peers benchmark/requirements-peers.txt ;;
-  rllib | rllib-tune) environment rllib requirements-rllib.txt ;;
-  llm | llm-tune | llm-rates) environment trl requirements-trl.txt ;;
-esac
+if [[ " $* " != *" --dry-run "* ]]; then
+  case $subcommand in
+    peers | peers-time | million) environment peers benchmark/requirements-peers.txt ;;
+    rllib | rllib-tune) environment rllib requirements-rllib.txt ;;
+    llm | llm-tune | llm-rates) environment trl requirements-trl.txt ;;
+  esac
+fi
 case $subcommand in
   quick | speed) module=$subcommand; shift ;;
   random) module=random_returns; shift ;;

@@ -1,6 +1,8 @@
 """Every command of the pages runs, in the order in which a reader meets it; what no test runs is on a list."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -66,6 +68,16 @@ def test_benchmark_sh_names_every_experiment():
     assert listed == experiments.EXPERIMENTS.keys() | {"speed", "random", "peers-time", "report"}
     lines = [line.split(")")[0].split("|") for line in text.splitlines() if re.match(r"  [a-z| -]+\)", line)]
     assert listed == {word.strip() for words in lines for word in words}
+
+
+def test_a_plan_needs_no_environment_of_others(tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> calls\n')
+    (tmp_path / "python").chmod(0o755)
+    shutil.copy(ROOT / "benchmark.sh", tmp_path)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["./benchmark.sh", "million", "--dry-run"], cwd=tmp_path, env={"PATH": path}, check=True)
+    calls = (tmp_path / "calls").read_text()
+    assert "-m benchmark.experiments million --dry-run" in calls and "venv" not in calls
 
 
 @pytest.mark.slow

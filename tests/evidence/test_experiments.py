@@ -18,6 +18,7 @@ from benchmark.runner import Missing
 ZERO = {"HalfCheetah-v5": -300.0, "Hopper-v5": 20.0, "Walker2d-v5": 0.0}
 UNIT = {"HalfCheetah-v5": 4000.0, "Hopper-v5": 500.0, "Walker2d-v5": 300.0}
 BEST = {"learning_rate": 1e-3, "ratio": "dimension", "sigma": 0.5, "kl_coef": 0.1, "kl_to": "current"}
+ROUND_ONE = len(tuning.METHODS) * 36 * 3  # runs: methods, settings, tasks
 ELSEWHERE = ("peers", "rllib", "rllib-tune", "llm", "llm-tune", "llm-rates")  # in environments of their own
 
 
@@ -54,7 +55,7 @@ def test_the_grid_has_one_shape():
             (0.03, "behaviour"): 6, (0.1, "behaviour"): 6,
         }  # fmt: skip
     assert tuning.gate(0.5) == {"sapo_tau": 2.828, "sapo_tau_neg": 2.97}
-    assert len(tuning.round_one()) == 6 * 36 * 3
+    assert len(tuning.round_one()) == ROUND_ONE
 
 
 def test_tuning_chooses_one_setting_for_both_sizes_and_the_best_for_each():
@@ -70,7 +71,7 @@ def test_tuning_chooses_one_setting_for_both_sizes_and_the_best_for_each():
             return 90
         return 0.25 if fits(run, ratio="action") else 0.2
 
-    with pytest.raises(Missing, match="648 runs of tune are missing"):
+    with pytest.raises(Missing, match=f"{ROUND_ONE} runs of tune are missing"):
         tuning.choice("gipo")
     tuned_rows(score)
     assert tuning.choice("gipo") == tuning.choice("gipo", 1) == BEST
@@ -99,7 +100,7 @@ def test_four_rounds_try_fewer_settings_each_and_the_last_three_choose():
     assert all(3 <= len(known) <= 5 for known in tuning.finalists().values())
     assert lucky in tuning.finalists()["gipo"] and early not in tuning.finalists()["gipo"]
     assert len(fourth) == 2 * 6 * sum(map(len, tuning.finalists().values()))
-    assert len(tuning.plan()) == 648 + 2 * len(third) + len(fourth)
+    assert len(tuning.plan()) == ROUND_ONE + 2 * len(third) + len(fourth)
     assert tuning.choice("gipo") == steady
     rows = [synthetic.row(one, at(one, score(one))) for one in tuning.plan()]
     for row, one in zip(rows, tuning.plan()):
@@ -171,7 +172,8 @@ def test_tuning_and_reporting_share_no_seed(untuned):
     assert tasks == set(experiments.REPORTED)  # whose random actions are known
     # seeds of each line, dial and task
     seeds = Counter((one.line, one.flags["buffer_epochs"], one.flags["env_id"]) for one in plans["staleness"])
-    assert Counter(seeds.values()) == {10: 3 * 6 * 3, 5: 2 * 6 * 3}
+    cells = len(tuning.METHODS) * 3  # methods and tasks
+    assert Counter(seeds.values()) == {10: 3 * cells, 5: 2 * cells}
     assert len({one.command for one in plans["updates"]}) == 3 * 3 * 5 * 9
     shared = {one.command for one in plans["updates"]} & {one.command for one in plans["staleness"]}
     assert len(shared) == 3 * 3 * 5 * 3  # those with the default number of epochs
@@ -274,7 +276,7 @@ def test_tune_goes_on_with_the_later_rounds(monkeypatch):
 
     monkeypatch.setattr(experiments, "run_all", run_all)
     assert experiments.main(experiments.Args("tune")) == 0
-    assert done[0] == 648 and len(done) == 5
+    assert done[0] == ROUND_ONE and len(done) == 5
     monkeypatch.setattr(experiments, "unfinished", lambda plan: plan)
     monkeypatch.setattr(experiments, "run_all", lambda *_: 1)
     assert experiments.main(experiments.Args("tune")) == 1  # and does not try forever
