@@ -46,7 +46,7 @@ CHOICES = {
     "rllib-tune": "the learning rates of rllib",
     "llm-tune": "the settings of llm and llm-rates",
 }
-SCORE = "score: 0 random, 1 mean of PPO-clip, K = 1"
+SCORE = "score: 0 random, 1 mean of PPO-clip, fresh data"
 HELD_OUT = "reward on held-out prompts"
 GIPO, CLIP = name("gipo"), name("clip")
 ONE_SETTING = [name(method) for method in tuning.METHODS]
@@ -267,8 +267,15 @@ def ablation() -> Texts:
 
 
 def lag() -> Texts:
+    """The third table has what each method loses by a lag."""
     table, returns = on_one_scale("lag", "policy_lag", "eval_return")
-    return dial_texts("lag", table, returns, "policy lag L, iterations", "L = {}")
+    texts, cells = dial_texts("lag", table, returns, "policy lag L, iterations", "L = {}"), {}
+    for line, x in itertools.product(table.line.unique(), sorted(set(table.x) - {0})):
+        found = cells[f"{line}, L = {x} minus L = 0"] = {}
+        for task, own in all_and_each(table[table.line == line]).items():
+            found[task] = bold_difference(own[own.x == x], own[own.x == 0])
+    n = runs_per_task(table[table.line == GIPO])
+    return texts | {"lag-losses": markdown(pd.DataFrame(cells).T.assign(n=n))}
 
 
 def freeze() -> Texts:

@@ -82,6 +82,8 @@ STEP = np.array([-0.02, -0.01, 0, 0.01, 0.02])
         ({"a": STEP, "b": STEP}, {"a": 1 + STEP, "b": 1 + STEP}, False),
         # an interval that ends within 0.02 of 0
         ({"a": 0.03 + STEP, "b": 0.03 + STEP}, {"a": STEP, "b": STEP}, False),
+        # and one whose end is 0.02 when it is printed
+        ({"a": 0.04 + STEP, "b": 0.04 + STEP}, {"a": STEP, "b": STEP}, False),
         # one task carries the result
         ({"a": 3 + STEP, "b": STEP, "c": STEP - 0.1}, {"a": STEP, "b": STEP, "c": STEP}, False),
         # the mean disagrees

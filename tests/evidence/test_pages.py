@@ -37,7 +37,7 @@ def between(name):
 
 
 def marked(*names):
-    ends = ("", "-differences", "-details", "-best", "-best-differences", "-agreement", "-tasks", "-methods")
+    ends = ("", "-differences", "-details", "-best", "-best-differences", "-agreement", "-tasks", "-methods", "-losses")
     headline = ["headline" + end for end in ("", "-scores", "-returns", "-scale")]
     return [name + end for name in names for end in ends] + headline + ["provenance"]
 
@@ -276,6 +276,18 @@ def test_a_lag_is_scored_by_evaluations(folder, monkeypatch):
     synthetic.write("lag", [synthetic.row(one, 50.0, eval_return=307.0) for one in experiments.lag()])
     table, returns = pages.on_one_scale("lag", "policy_lag", "eval_return")
     assert set(table.value) == {1.0} and set(returns.value) == {307.0}
+
+
+def test_what_a_lag_costs(folder, monkeypatch):
+    monkeypatch.setattr(experiments, "four", lambda: experiments.METHODS[:4])
+    synthetic.write_random(dict.fromkeys(TASKS, 7.0))
+    lags = [(one, one.flags.get("policy_lag") or 0) for one in experiments.lag()]
+    synthetic.write("lag", [synthetic.row(one, 50.0, eval_return=307 - 15 * lag) for one, lag in lags])
+    table = pages.lag()["lag-losses"]
+    assert len(table.splitlines()) == 2 + 4 * 2
+    assert middles(table, "GIPO, L = 2 minus L = 0") == [-0.1] * 4
+    assert middles(table, "PPO-clip, L = 8 minus L = 0") == [-0.4] * 4
+    assert cells(table, "GIPO, L = 2 minus L = 0")[-1] == "5"
 
 
 def test_one_run_of_a_cell_is_shown(folder, monkeypatch):
