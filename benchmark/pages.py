@@ -167,6 +167,11 @@ def all_and_each(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {"all tasks": table} | {short(env_id): own for env_id, own in table.groupby("env_id", sort=False)}
 
 
+def by_place(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of these panels, one after another; `x` heads them."""
+    return pd.concat([own.assign(x=place) for place, own in all_and_each(table).items()], ignore_index=True)
+
+
 def headed(table: pd.DataFrame, pattern: str) -> pd.DataFrame:
     """The same with a text for each `x`, which heads its column."""
     return table.assign(x=table.x.map(pattern.format))
@@ -282,7 +287,7 @@ def freeze() -> Texts:
     table, returns = on_one_scale("freeze", "buffer_epochs", "eval_return")
     panels = {short(env_id): own.assign(end=STEPS / 1000) for env_id, own in table.groupby("env_id", sort=False)}
     over_time(panels, FIGURES / "freeze.png", "thousand steps", SCORE, sharey=True, mark=FREEZE_AT / 1000)
-    return tables("freeze", headed(table, "K = {}"), headed(returns, "K = {}"))
+    return tables("freeze", by_place(table), headed(returns, "K = {}"))
 
 
 def peers() -> Texts:
@@ -296,10 +301,8 @@ def peers() -> Texts:
     by_time = table.assign(end=table.method.map(times))
     panels = {"by data, in runs": table.assign(end=1.0), "by time of a core, in runs of GIPO": by_time}
     over_time(panels, FIGURES / "peers.png", "", SCORE, sharey=True)
-    table["x"] = "score"
-    each = table.assign(x=table.env_id.map(short))
-    cells = score_table(pd.concat([table, each]))
-    return {"peers": cells, "peers-differences": difference_table(table)}
+    cells = by_place(table)
+    return {"peers": score_table(cells), "peers-differences": difference_table(cells)}
 
 
 # ------------------------------------------------- Experiments by task -----------------------------------------------

@@ -240,6 +240,7 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     assert f"of the {len(tuning.round_three()) // 6} settings on seed 1002" in found["tune-agreement"]
     assert len(found["updates"].splitlines()) == 2 + 9 and "K = 8, 40 epochs minus K = 1, 10 epochs" in page
     assert len(found["ablation"].splitlines()) == 2 + 15
+    assert "| all tasks" in found["freeze"] and "| Walker2d" in found["freeze-differences"]
     assert len(found["million"].splitlines()) == 2 + 8 + 1  # seven lines of methods, no flags, random actions
     assert cells(found["million"], "GIPO, no flags")[-1] == "1"
     assert found["metaworld"].count("ratio per dimension") == 2 and cells(found["metaworld"], "random actions")[0]
