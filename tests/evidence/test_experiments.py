@@ -213,9 +213,12 @@ def test_the_best_size_and_the_best_other_method_are_those_of_the_scores(monkeyp
     assert experiments.best_size(table, "gipo") == 8 and experiments.best_other(table) == "tis"
     lines = Counter(one.line for one in EXPERIMENTS["million"]())
     ours = {"GIPO, K = 1", "GIPO, K = 8", "PPO-clip, K = 1", "PPO-clip, K = 8", "TIS, K = 8", "GIPO, no flags"}
-    assert set(lines) == ours | {"PPO-clip, CleanRL's flags", "PPO of Stable-Baselines3"}
-    cleanrl = next(one for one in EXPERIMENTS["million"]() if one.line.endswith("CleanRL's flags"))
-    assert cleanrl.flags["kl_coef"] == 0  # whatever the baseline's default is
+    theirs = ("PPO-clip, CleanRL's flags", "GIPO, CleanRL's flags")
+    assert set(lines) == ours | {*theirs, "PPO of Stable-Baselines3"}
+    clip, gipo = (next(one.flags for one in EXPERIMENTS["million"]() if one.line == line) for line in theirs)
+    assert clip["kl_coef"] == 0  # whatever the baseline's default is
+    assert {key for key in clip if clip[key] != gipo.get(key)} - {"kl_coef"} == {"clip_coef"}
+    assert gipo["sigma"] == tuning.choice("gipo")["sigma"] and gipo["learning_rate"] == clip["learning_rate"] == 3e-4
     without = table[(table.method != "tis") | (table.buffer_epochs < 32)]  # its mean of K = 8 alone would be higher
     assert experiments.best_other(without) != "tis"
     with pytest.raises(Missing, match="staleness first"):
