@@ -214,7 +214,7 @@ def test_the_best_size_and_the_best_other_method_are_those_of_the_scores(monkeyp
     lines = Counter(one.line for one in EXPERIMENTS["million"]())
     ours = {"GIPO, K = 1", "GIPO, K = 8", "PPO-clip, K = 1", "PPO-clip, K = 8", "TIS, K = 8", "GIPO, no flags"}
     theirs = ("PPO-clip, CleanRL's flags", "GIPO, CleanRL's flags")
-    assert set(lines) == ours | {*theirs, "PPO of Stable-Baselines3"}
+    assert set(lines) == ours | {*theirs, "GIPO, CleanRL's flags, sigma 0.25", "PPO of Stable-Baselines3"}
     clip, gipo = (next(one.flags for one in EXPERIMENTS["million"]() if one.line == line) for line in theirs)
     assert clip["kl_coef"] == 0  # whatever the baseline's default is
     assert {key for key in clip if clip[key] != gipo.get(key)} - {"kl_coef"} == {"clip_coef"}

@@ -241,14 +241,14 @@ def test_every_experiment_has_a_figure_and_tables(everything, capsys):
     assert len(found["updates"].splitlines()) == 2 + 9 and "K = 8, 40 epochs minus K = 1, 10 epochs" in page
     assert len(found["ablation"].splitlines()) == 2 + 15
     assert "| all tasks" in found["freeze"] and "| Walker2d" in found["freeze-differences"]
-    assert len(found["million"].splitlines()) == 2 + 9 + 1  # eight lines of methods, no flags, random actions
+    assert len(found["million"].splitlines()) == 2 + 10 + 1  # nine lines of methods, no flags, random actions
     assert cells(found["million"], "GIPO, no flags")[-1] == "1"
     assert found["metaworld"].count("ratio per dimension") == 2 and cells(found["metaworld"], "random actions")[0]
     assert cells(found["pong"], "GIPO")[0].startswith("122.") and cells(found["pong"], "random actions")[0] == "7.0"
     assert "CartPole, reuse 8" in found["rllib"] and cells(found["llm"], "no correction")[-1] == "5"
     assert cells(found["llm-rates"], "GIPO") == ["5e-05, 0.0001, 0.0002, 0.0004, 0.0008"]
     assert cells(found["peers"], "SAC of Stable-Baselines3")[-1] == "5"
-    assert cells(found["provenance"], "million")[2] == "164 of 164"
+    assert cells(found["provenance"], "million")[2] == "169 of 169"
     runs = len({one.command for one in experiments.staleness()})  # some belong to two lines
     assert cells(found["provenance"], "staleness")[2] == f"{runs} of {runs}"
     chooses = {name for name in EXPERIMENTS if cells(found["provenance"], name)[-1]}
