@@ -114,7 +114,7 @@ def million() -> Iterator[Run]:
     """A million steps, next to PPO of others; at last the script as it is, with no flag but --env-id.
 
     The flags of CleanRL's PPO stand beside the choices, which were tuned for 150,000 steps: GIPO has its own weight and
-    KL term with them. With these it learns nothing in Ant, where a narrower weight is a remedy.
+    KL term with them. In Ant a narrower weight is tried too.
     """
     table, lines = by_size(), []
     for method in (*PAIR, best_other(table)):
